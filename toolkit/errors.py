@@ -1,0 +1,61 @@
+"""What a user reads when something goes wrong: one line that names the value, the rule and the fix.
+
+`UserError` is raised for anything that a user can put right; every entry point (the `toolkit` command and the
+recipes) runs inside `one_line_errors`, which prints it without a traceback and exits with a non-zero status. Any
+other exception is a mistake of ours and keeps its traceback.
+"""
+
+import errno
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+EXIT_USER_ERROR = 1
+
+
+class UserError(ValueError):
+    """A problem that the user can solve; the message holds the value, the rule and the fix in one line."""
+
+
+def is_main_process() -> bool:
+    """True in the process whose messages a user should read: global rank 0, or a process that nobody launched.
+
+    Why: readable before a process group exists, so that eight processes do not print one error eight times.
+    """
+    return os.environ.get("RANK", "0") in ("", "0")
+
+
+def describe_os_error(error: OSError) -> str:
+    """One line for an operating system error: which file, what happened, and what helps where that is known."""
+    where = f"{error.filename}: " if error.filename else ""
+    advice = {
+        errno.ENOSPC: "; free some space or choose another folder",
+        errno.EDQUOT: "; your quota is used up: free some space or choose another folder",
+        errno.EFBIG: "; the file size limit (ulimit -f) or the file system does not allow a file this large",
+        errno.EACCES: "; choose a folder that you may read and write",
+        errno.EROFS: "; choose a folder on a writable file system",
+        errno.EMFILE: "; raise the limit of open files (ulimit -n)",
+    }.get(error.errno or 0, "")
+    return f"{where}{error.strerror or error}{advice}"
+
+
+@contextmanager
+def one_line_errors() -> Iterator[None]:
+    """Turns `UserError`, an operating system error and Ctrl-C into one line on stderr and a non-zero exit."""
+    try:
+        yield
+    except UserError as error:
+        message, status = f"error: {error}", EXIT_USER_ERROR
+    except BrokenPipeError:  # the reader of our output has gone (`toolkit generate ... | head`): nothing to say
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - lives until exit, so that the last flush cannot fail
+        raise SystemExit(EXIT_USER_ERROR) from None
+    except OSError as error:
+        message, status = f"error: {describe_os_error(error)}", EXIT_USER_ERROR
+    except KeyboardInterrupt:
+        message, status = "interrupted", 130
+    else:
+        return
+    if is_main_process():
+        print(message, file=sys.stderr, flush=True)
+    raise SystemExit(status)

@@ -1,0 +1,1 @@
+"""Batches to loss: GPT-2 and its exchange format. Never imports the data."""

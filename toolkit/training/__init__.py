@@ -1,0 +1,1 @@
+"""Optimizer, schedule, checkpoints, metrics, and the trainer that ties them together."""
