@@ -48,7 +48,7 @@ def one_line_errors() -> Iterator[None]:
     except UserError as error:
         message, status = f"error: {error}", EXIT_USER_ERROR
     except BrokenPipeError:  # the reader of our output has gone (`toolkit generate ... | head`): nothing to say
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - lives until exit, so that the last flush cannot fail
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115, PTH123 - lives until exit, so that the last flush cannot fail
         raise SystemExit(EXIT_USER_ERROR) from None
     except OSError as error:
         message, status = f"error: {describe_os_error(error)}", EXIT_USER_ERROR

@@ -34,11 +34,8 @@ def _act(name: str, settings: str) -> None:
         if point != name or (rank and rank != os.environ.get("RANK", "0")):
             continue
         action, _, when = action.partition("@")
-        if when.endswith("+"):
-            due = passage >= int(when[:-1])
-        else:
-            due = not when or passage == int(when)
-        if due:
+        first = int(when.rstrip("+") or 0)
+        if not when or passage == first or (when.endswith("+") and passage > first):
             _perform(name, action)
 
 
