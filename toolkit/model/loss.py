@@ -1,0 +1,118 @@
+"""The tied head and its cross-entropy, chunk by chunk: final hidden states -> loss, without ever holding all logits.
+
+Guarantees the values and gradients of `cross_entropy(hidden @ weight.T)` to rounding, with at most `chunk_tokens`
+positions' logits in memory at any moment, forward and backward. Rows of the weight at or beyond `vocab_size` are
+padding: they take no part in the softmax and their gradient is exactly zero.
+
+Sizes: N = B * T positions, C n_embd, V vocabulary, P rows of the weight (V and the padding), n positions of one chunk.
+"""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+IGNORED_TARGET = -100  # as in torch.nn.functional.cross_entropy
+
+
+def mean_cross_entropy(
+    hidden: Tensor, weight: Tensor, targets: Tensor, *, vocab_size: int, chunk_tokens: int
+) -> Tensor:
+    """The mean cross-entropy over all targets that are not -100.
+
+    Why: logits in fp32 would take 1.5 GiB at 8 x 1024 positions and GPT-2's vocabulary, and autograd would keep several
+    copies. Gradients are computed beside the loss, while a chunk's logits exist: three matrix products instead of the four
+    that recomputing the logits in the backward pass would take.
+    Shapes: hidden (N, C), weight (P, C), targets (N,) int64 -> () float32, nats per target.
+    """
+    dtype = _product_dtype(hidden)
+    if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
+        loss: Tensor = _ChunkedCrossEntropy.apply(hidden, weight, targets, vocab_size, chunk_tokens, dtype)  # type: ignore[no-untyped-call]
+        return loss
+    losses = cross_entropy(hidden, weight, targets, vocab_size=vocab_size, chunk_tokens=chunk_tokens)
+    return losses.sum() / (targets != IGNORED_TARGET).sum().clamp(min=1)
+
+
+@torch.no_grad()
+def cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, *, vocab_size: int, chunk_tokens: int) -> Tensor:
+    """The cross-entropy of each target, 0 where it is -100; without gradients.
+
+    Shapes: hidden (N, C), weight (P, C), targets (N,) int64 -> (N,) float32, nats.
+    """
+    dtype = _product_dtype(hidden)
+    weight = weight.to(dtype)
+    losses = [
+        _log_probabilities(hidden_chunk.to(dtype), weight, vocab_size)
+        .gather(1, target_chunk.clamp(min=0)[:, None])
+        .squeeze(1)
+        .neg()
+        .masked_fill(target_chunk == IGNORED_TARGET, 0.0)
+        for hidden_chunk, target_chunk in _chunks(hidden, targets, chunk_tokens)
+    ]
+    return torch.cat(losses)
+
+
+def _chunks(hidden: Tensor, targets: Tensor, chunk_tokens: int) -> Iterable[tuple[Tensor, Tensor]]:
+    return zip(torch.split(hidden, chunk_tokens), torch.split(targets, chunk_tokens), strict=True)
+
+
+def _product_dtype(hidden: Tensor) -> torch.dtype:
+    """What autocast would compute a matrix product of `hidden` in."""
+    device_type = hidden.device.type
+    return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else hidden.dtype
+
+
+def _log_probabilities(hidden: Tensor, weight: Tensor, vocab_size: int) -> Tensor:
+    """(n, C), (P, C) -> (n, P) float32; minus infinity in the padding. The product in the given dtype, the rest in fp32."""
+    logits = hidden @ weight.t()  # (n, P)
+    logits[:, vocab_size:] = -torch.inf
+    return F.log_softmax(logits.float(), dim=1)
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    """The mean cross-entropy and, while each chunk's logits exist, its gradients; the backward pass only scales them.
+
+    They are kept unscaled by 1 / targets, so that in fp16 (p - onehot) does not underflow before a GradScaler's factor,
+    which arrives with the incoming gradient, can act.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        vocab_size: int,
+        chunk_tokens: int,
+        dtype: torch.dtype,
+    ) -> Tensor:
+        weight_cast = weight.to(dtype)  # once, not once a chunk
+        total = hidden.new_zeros((), dtype=torch.float32)
+        hidden_grads = []
+        weight_grad = None
+        for hidden_chunk, target_chunk in _chunks(hidden, targets, chunk_tokens):
+            hidden_cast = hidden_chunk.to(dtype)
+            ignored = (target_chunk == IGNORED_TARGET)[:, None]
+            columns = target_chunk.clamp(min=0)[:, None]  # (n, 1)
+            log_probabilities = _log_probabilities(hidden_cast, weight_cast, vocab_size)  # (n, P) float32
+            total = total - log_probabilities.gather(1, columns).masked_fill(ignored, 0.0).sum()
+            logits_grad = log_probabilities.exp_()
+            logits_grad.scatter_add_(1, columns, logits_grad.new_full((1, 1), -1.0).expand_as(columns))
+            logits_grad = logits_grad.masked_fill_(ignored, 0.0).to(dtype)
+            hidden_grads.append(logits_grad @ weight_cast)  # (n, C)
+            chunk_grad = logits_grad.t() @ hidden_cast  # (P, C)
+            # One chunk: stays in the products' dtype until the backward pass. Several: summed in fp32.
+            weight_grad = chunk_grad if weight_grad is None else weight_grad.float().add_(chunk_grad)
+        count = (targets != IGNORED_TARGET).sum().clamp(min=1)
+        ctx.save_for_backward(torch.cat(hidden_grads), weight_grad, count)
+        ctx.dtypes = hidden.dtype, weight.dtype
+        return total / count
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        hidden_grad, weight_grad, count = ctx.saved_tensors
+        hidden_dtype, weight_dtype = ctx.dtypes
+        scale = (grad_outputs[0].float() / count).view(1, 1)  # two dimensions, so that bf16 * scale is computed in fp32
+        return (hidden_grad * scale).to(hidden_dtype), (weight_grad * scale).to(weight_dtype), None, None, None, None
