@@ -1,5 +1,6 @@
 """AdamW and Muon: groups, rates, the update against a reference, state by name, and resuming to the bit."""
 
+import copy
 import json
 import math
 
@@ -276,7 +277,7 @@ def test_state_dict_holds_both_algorithms_and_comes_back():
     train(model, optimizer, range(2), grad_scaler(False))
     model_b, optimizer_b = build("muon")
     model_b.load_state_dict(weights(model))
-    optimizer_b.load_state_dict(optimizer.state_dict())
+    optimizer_b.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     for pair in ((model, optimizer), (model_b, optimizer_b)):
         train(*pair, range(2, 4), grad_scaler(False))
     assert_equal_tensors(weights(model_b), weights(model))
