@@ -1,0 +1,255 @@
+"""Lines of JSON on stdin -> a W&B run: the program that `wandb_mirror` starts, and the only file that imports wandb.
+
+Why a process of its own: whatever wandb does (hang in `init` or `finish`, die, install exit hooks and signal handlers,
+print, prompt) happens to this process and not to training; and when training is killed, this one still sees the end
+of its input and finishes the run with every row it was sent. It needs nothing of the toolkit, ends when its input
+ends, and never lives longer than its time limits after that.
+
+Input, one object a line: {"start": {...}} first, then {"log": row}, {"samples": rows, "step": n}, {"finish": {...}}.
+Output, one object a line: {"started": {...}}, {"warning": text}, {"finished": {...}}.
+"""
+
+import contextlib
+import fcntl
+import json
+import os
+import signal
+import socket
+import threading
+import time
+import urllib.parse
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, BinaryIO, Literal
+
+# Failures after which no further row is tried.
+MAX_FAILURES = 3
+# How long a connection to the server may take before the run is recorded offline instead [seconds].
+CONNECT_SECONDS = 5.0
+# How much longer than its own limits wandb may take before this process ends itself [seconds].
+GRACE_SECONDS = 15.0
+# The worker of a killed start may still be finishing the same run; the next one waits this long for it [seconds].
+PREDECESSOR_SECONDS = 60.0
+# What a run's own x axis and its second one are called in every row.
+STEP = "step"
+
+
+def main() -> None:
+    """Mirrors one run from stdin to W&B."""
+    # A signal to the whole job is for training to answer; its end of the pipe tells us when it has.
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)
+    commands, reports = _private_pipes()
+    first = commands.readline()
+    if first:
+        Worker(json.loads(first)["start"], reports).run(commands)
+
+
+def _private_pipes() -> tuple[BinaryIO, BinaryIO]:
+    """Our stdin and stdout under other numbers, so that neither wandb nor its helper process can use or hold them."""
+    commands, reports = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb", buffering=0)
+    null = os.open(os.devnull, os.O_RDWR)
+    os.dup2(null, 0)
+    os.dup2(null, 1)
+    return commands, reports
+
+
+class Worker:
+    """One W&B run behind a circuit breaker: the first failure is reported, after `MAX_FAILURES` wandb is left alone."""
+
+    def __init__(self, start: dict[str, Any], reports: BinaryIO) -> None:
+        self._start = start
+        self._reports = reports
+        self._wandb_run: Any = None
+        self._failures = 0
+        self._next_step = 0  # rows of earlier steps are in W&B already, which takes no step twice
+        self._left_out = 0
+
+    def run(self, commands: BinaryIO) -> None:
+        """Starts the run, mirrors every line until the input ends, and finishes the run."""
+        threading.Thread(target=self._end_without_parent, args=(os.getppid(),), daemon=True).start()
+        lock = _lock(Path(self._start["folder"]) / "wandb")
+        with _time_limit(self._start["init_seconds"] * 2 + PREDECESSOR_SECONDS + GRACE_SECONDS):
+            self._try(self._open)
+        finish: dict[str, Any] = {"exit_code": 1, "preempted": False}  # the input ended without a word: a crash
+        for command in _lines(commands):
+            if "finish" in command:
+                finish = command["finish"]
+                break
+            if self._wandb_run is not None and self._failures < MAX_FAILURES:
+                self._try(self._log_samples if "samples" in command else self._log, command)
+        with _time_limit(self._start["finish_seconds"] + GRACE_SECONDS):
+            self._close(finish)
+        del lock
+
+    def _end_without_parent(self, parent: int) -> None:
+        """Ends this process a bounded time after the one that started it, even if wandb hangs while logging."""
+        while os.getppid() == parent:
+            time.sleep(1)
+        time.sleep(self._start["finish_seconds"] + 2 * GRACE_SECONDS)
+        os._exit(1)
+
+    def _open(self) -> None:
+        import wandb
+
+        start = self._start
+        mode: Literal["online", "offline"] = start["mode"]
+        if mode == "online" and (problem := _unreachable(wandb.Settings().base_url)):
+            self._report(warning=f"{problem}; recording offline")
+            mode = "offline"
+        try:
+            self._wandb_run = self._init(mode)
+        except Exception as error:
+            if mode == "offline":
+                raise
+            self._report(warning=f"{_describe(error)}; recording offline")
+            wandb.teardown()
+            self._wandb_run = self._init("offline")
+        run = self._wandb_run
+        if run.resumed:
+            self._next_step = run.starting_step
+        run.define_metric(STEP)
+        run.define_metric("*", step_metric=STEP)
+        sync_dir = Path(run.settings.sync_dir)
+        self._report(started={"mode": mode if not run.offline else "offline", "dir": str(sync_dir), "url": run.url})
+        if Path(start["folder"]).resolve() not in sync_dir.resolve().parents:
+            self._report(warning=f"cannot write below {start['folder']}; its files are in {sync_dir}")
+
+    def _init(self, mode: Literal["online", "offline"]) -> Any:
+        import wandb
+
+        start = self._start
+        settings = wandb.Settings(
+            console="off",
+            disable_code=True,
+            disable_git=True,
+            disable_job_creation=True,
+            finish_timeout=start["finish_seconds"],
+            init_timeout=start["init_seconds"],
+            program="",
+            save_code=False,
+            silent=True,
+            x_disable_machine_info=True,
+            x_disable_meta=True,
+            x_disable_stats=True,
+            x_save_requirements=False,
+        )
+        return wandb.init(
+            config=start["config"],
+            dir=start["folder"],
+            entity=start["entity"],
+            id=start["id"],
+            mode=mode,
+            name=start["name"],
+            project=start["project"],
+            resume=start["resume"],
+            settings=settings,
+            tags=start["tags"],
+        )
+
+    def _log(self, command: dict[str, Any]) -> None:
+        row = command["log"]
+        if self._is_new(row[STEP]):
+            # Rows of one step are gathered into one: wandb writes them when the step after it comes, or at the end.
+            self._wandb_run.log(row, step=row[STEP])
+
+    def _log_samples(self, command: dict[str, Any]) -> None:
+        import wandb
+
+        rows, step = command["samples"], command["step"]
+        if rows and self._is_new(step):
+            columns = list(rows[0])
+            table = wandb.Table(columns=columns, data=[[row.get(name) for name in columns] for row in rows])
+            self._wandb_run.log({"samples": table, STEP: step}, step=step)
+
+    def _is_new(self, step: int) -> bool:
+        if step < self._next_step:
+            self._left_out += 1
+            return False
+        self._next_step = step  # another row of the same step may follow
+        return True
+
+    def _close(self, finish: dict[str, Any]) -> None:
+        run = self._wandb_run
+        complete = run is not None and not self._failures
+        if run is not None and self._failures < MAX_FAILURES:
+            if finish["preempted"]:
+                self._try(lambda _: run.mark_preempting(), {})
+            began = time.monotonic()
+            self._try(lambda _: run.finish(exit_code=finish["exit_code"]), {})
+            complete = not self._failures and time.monotonic() - began < self._start["finish_seconds"]
+        self._report(finished={"complete": complete, "left_out": self._left_out})
+
+    def _try(self, action: Callable[..., None], *arguments: Any) -> None:
+        try:
+            action(*arguments)
+        except Exception as error:  # any failure of wandb is reported once, and never more than that
+            self._failures += 1
+            if self._failures == 1:
+                self._report(warning=_describe(error))
+
+    def _report(self, **report: Any) -> None:
+        with contextlib.suppress(OSError):  # training has gone; there is nobody to tell
+            self._reports.write(json.dumps(report).encode() + b"\n")
+
+
+def _lines(commands: BinaryIO) -> Iterator[dict[str, Any]]:
+    for line in commands:
+        if not line.endswith(b"\n"):  # cut off by the death of the other side
+            return
+        yield json.loads(line)
+
+
+def _describe(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text[:300]}" if text else type(error).__name__
+
+
+def _unreachable(base_url: str) -> str | None:
+    """Why no connection to the server can be made, or None; unknown, hence None, behind a proxy."""
+    url = urllib.parse.urlsplit(base_url)
+    if urllib.request.getproxies().get(url.scheme) or not url.hostname:
+        return None
+    port = url.port or (443 if url.scheme == "https" else 80)
+    try:
+        socket.create_connection((url.hostname, port), timeout=CONNECT_SECONDS).close()
+    except OSError as error:
+        return f"{url.hostname}:{port} cannot be reached ({error})"
+    return None
+
+
+def _lock(folder: Path) -> int | None:
+    """Holds the folder for this process, waiting a bounded time for a worker of an earlier start to end."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        fd = os.open(folder, os.O_RDONLY)
+        deadline = time.monotonic() + PREDECESSOR_SECONDS
+        while time.monotonic() < deadline:
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                time.sleep(0.1)
+            else:
+                break
+    except OSError:  # no folder or no locks here: wandb itself will say what is wrong
+        return None
+    return fd
+
+
+class _time_limit:  # noqa: N801 - reads as a statement
+    """Ends this process if the block takes longer; wandb's helper process ends when it sees that."""
+
+    def __init__(self, seconds: float) -> None:
+        self._timer = threading.Timer(seconds, os._exit, (1,))
+        self._timer.daemon = True
+
+    def __enter__(self) -> None:
+        self._timer.start()
+
+    def __exit__(self, *_: object) -> None:
+        self._timer.cancel()
+
+
+if __name__ == "__main__":
+    main()
