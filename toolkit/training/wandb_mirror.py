@@ -22,7 +22,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from toolkit.config import TrainConfig, WandbConfig, to_dict
+from toolkit.config import WandbConfig
 from toolkit.training import wandb_worker
 from toolkit.training.redact import redact
 
@@ -104,8 +104,13 @@ class WandbMirror:
     """A run's mirror in W&B; before `start`, after `finish` and once something is wrong, every method does nothing."""
 
     def __init__(
-        self, *, finish_seconds: Mapping[Status, float] = FINISH_SECONDS, init_seconds: float = INIT_SECONDS
+        self,
+        config: WandbConfig,
+        *,
+        finish_seconds: Mapping[Status, float] = FINISH_SECONDS,
+        init_seconds: float = INIT_SECONDS,
     ) -> None:
+        self._config = config
         self._finish_seconds = finish_seconds
         self._init_seconds = init_seconds
         self._process: subprocess.Popen[bytes] | None = None
@@ -117,28 +122,22 @@ class WandbMirror:
         self._warned = False
         self._folder = Path()
 
-    def start(
-        self,
-        config: TrainConfig,
-        run_id: str,
-        *,
-        folder: Path,
-        environ: Mapping[str, str] | None = None,
-    ) -> list[str]:
-        """Begins to mirror the run with this id, whose W&B files go below its folder; returns what to tell the user.
+    def start(self, config: Mapping[str, Any], run_id: str, *, folder: Path) -> None:
+        """Begins to mirror the run with this id and recipe, whose W&B files go below its folder.
 
         A run that W&B knows already is continued; steps that it has are not sent again.
         """
-        environ = os.environ if environ is None else environ
-        mode, lines = resolve_mode(config.wandb.mode, environ)
         self._folder = folder
+        mode, lines = resolve_mode(self._config.mode, os.environ)
+        for line in lines:
+            logger.info("%s", line)
         if mode == "disabled":
-            return lines
+            return
         if importlib.util.find_spec("wandb") is None:
-            return [*lines, "W&B: the package wandb is not installed, so nothing is recorded there; pip install wandb"]
+            logger.warning("W&B: the package wandb is not installed, so nothing is recorded there; pip install wandb")
+            return
         with self._never_raises():
-            self._launch(start_message(config, run_id, folder=folder, mode=mode, environ=environ), environ)
-        return lines
+            self._launch(_start_message(self._config, config, run_id, folder=folder, mode=mode))
 
     def log(self, row: Mapping[str, Any]) -> None:
         """Sends one row, which holds `step`; rows of the same step become one in W&B."""
@@ -148,11 +147,11 @@ class WandbMirror:
         """Sends the texts sampled at a step, as a table."""
         self._send({"samples": redact(list(rows)), "step": step})
 
-    def finish(self, status: Status) -> list[str]:
-        """Ends the W&B run as finished, preempted or failed; returns what to tell the user, within the time limit."""
+    def finish(self, status: Status) -> None:
+        """Ends the W&B run as finished, preempted or failed, and says what became of it; returns within the time limit."""
         process, seconds = self._process, self._finish_seconds[status]
         if process is None:
-            return []
+            return
         self._send({"finish": {"exit_code": int(status != "finished"), "preempted": status == "preempted"}}, last=True)
         with self._never_raises():
             self._wait(process, time.monotonic() + seconds)
@@ -162,14 +161,15 @@ class WandbMirror:
             process.kill()  # does nothing to a process that has ended
             process.wait(timeout=LEAVE_SECONDS)
         self._process = None
-        return self._closing_lines(seconds)
+        for line in self._closing_lines(seconds):
+            logger.info("%s", line)
 
-    def _launch(self, message: Mapping[str, Any], environ: Mapping[str, str]) -> None:
+    def _launch(self, message: Mapping[str, Any]) -> None:
         # Not `-m toolkit...`: the worker needs nothing of the toolkit, and -P keeps a folder named wandb out of its way.
         # WANDB_SERVICE would make it share the helper of another wandb process, whose end would be its own.
         self._process = subprocess.Popen(
             [sys.executable, "-P", wandb_worker.__file__],
-            env={name: value for name, value in environ.items() if name != "WANDB_SERVICE"},
+            env={name: value for name, value in os.environ.items() if name != "WANDB_SERVICE"},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
@@ -269,27 +269,21 @@ class WandbMirror:
             self._warn(f"{type(error).__name__}: {error}")
 
 
-def start_message(
-    config: TrainConfig, run_id: str, *, folder: Path, mode: Mode, environ: Mapping[str, str], resume: str = "allow"
+def _start_message(
+    settings: WandbConfig, config: Mapping[str, Any], run_id: str, *, folder: Path, mode: Mode
 ) -> dict[str, Any]:
     """What the helper process is told about the run: nothing secret, nothing about this machine.
 
     WANDB_PROJECT, WANDB_ENTITY, WANDB_NAME and WANDB_TAGS count where the configuration says nothing of its own.
     """
-    settings = config.wandb
+    environ = os.environ
     project = environ.get("WANDB_PROJECT") if settings.project == WandbConfig().project else None
     tags = settings.tags or tuple(tag for tag in environ.get("WANDB_TAGS", "").split(",") if tag)
     said = {
-        "config": to_dict(config),
+        "config": config,
         "entity": settings.entity or environ.get("WANDB_ENTITY") or None,
         "name": settings.name or environ.get("WANDB_NAME") or folder.resolve().name,
         "project": project or settings.project,
         "tags": list(tags),
     }
-    return {
-        **redact(said, environ=environ),
-        "folder": str(folder.resolve()),
-        "id": run_id,
-        "mode": mode,
-        "resume": resume,
-    }
+    return {**redact(said), "folder": str(folder.resolve()), "id": run_id, "mode": mode, "resume": "allow"}
