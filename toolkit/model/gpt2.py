@@ -120,8 +120,8 @@ class Block(nn.Module):
     def forward(self, x: Tensor, cache: KVCache | None = None) -> Tensor:
         """Shapes: (B, T, C) -> (B, T, C)."""
         x = x + self.attn(self.ln_1(x), cache)
-        x = x + self.mlp(self.ln_2(x))
-        return x
+        out: Tensor = x + self.mlp(self.ln_2(x))
+        return out
 
 
 class GPT2(nn.Module):
