@@ -165,8 +165,9 @@ def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is not JSON")
 
 
-def _canonical_sha256(manifest: Mapping[str, Any]) -> str:
-    content = {key: value for key, value in manifest.items() if key != "sha256"}
+def canonical_sha256(values: Mapping[str, Any]) -> str:
+    """The hash that a file carries of itself: of all keys but "sha256", sorted, without spaces."""
+    content = {key: value for key, value in values.items() if key != "sha256"}
     return hashlib.sha256(
         json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
     ).hexdigest()
@@ -327,15 +328,15 @@ class CheckpointWriter:
     ) -> None:
         """Copies everything that a checkpoint holds; training may go on as soon as this returns.
 
-        Waits for the save in flight first. `manifest` holds tokens, data_fingerprint, layout, versions and any other
-        facts; `validation_loss` is the loss of exactly these weights (for keep_best), None if it was not measured.
+        Waits for the save in flight first. `manifest` holds tokens, data_fingerprint, layout (what equal bits depend
+        on, library versions included) and any other facts; `validation_loss` is the loss of exactly these weights (for keep_best), None if it was not measured.
 
         Raises: UserError if the save before failed; ValueError for a number that JSON does not have.
         """
         self.wait()
         self.raise_error()
         failpoint("checkpoint.before-snapshot")
-        missing = {"tokens", "data_fingerprint", "layout", "versions"} - set(manifest)
+        missing = {"tokens", "data_fingerprint", "layout"} - set(manifest)
         assert not missing, f"the manifest lacks {sorted(missing)}"
         loss = None if validation_loss is None else float(validation_loss)
         facts = {**manifest, "schema_version": SCHEMA_VERSION, "step": step, "validation_loss": loss}
@@ -460,7 +461,7 @@ def write_checkpoint(folder: Path, snapshot: _Snapshot) -> None:
                 file: {"size": sum(map(len, parts)), "sha256": hashes[file].result()} for file, parts in pieces.items()
             }
         manifest = {**snapshot.facts, "files": files}
-        manifest["sha256"] = _canonical_sha256(manifest)
+        manifest["sha256"] = canonical_sha256(manifest)
         failpoint("checkpoint.before-manifest")
         _write_file(temporary / MANIFEST, [memoryview(render_json(manifest))])
         fsync_folder(temporary)
@@ -484,7 +485,7 @@ def _put_in_place(temporary: Path, target: Path, files: Mapping[str, Any]) -> No
         target.rename(aside)
         logger.warning("%s was damaged (%s) and is now %s", target, problems[0], aside.name)
         temporary.rename(target)
-    elif _read_manifest(target)["files"] == files:
+    elif read_manifest(target)["files"] == files:
         shutil.rmtree(temporary)  # the same bytes are there already
     else:
         old = target.with_name(f".old-{target.name}-{_mark()}")
@@ -586,7 +587,7 @@ def steps_to_keep(folder: Path, config: CheckpointConfig, *, newest: int, damage
     for step in steps_in(folder):
         if step <= newest and step_name(step) not in damaged:
             try:
-                losses[step] = _read_manifest(folder / step_name(step))["validation_loss"]
+                losses[step] = read_manifest(folder / step_name(step))["validation_loss"]
             except UserError:
                 continue  # not loadable: it takes nobody's place
     keep = set(sorted(losses)[-config.keep_last :])
@@ -711,7 +712,7 @@ def find_checkpoint(run_or_checkpoint: Path) -> Path:
 def verify_checkpoint(path: Path) -> list[str]:
     """All problems of a checkpoint folder, each in one line; an empty list if every byte is as it was written."""
     try:
-        manifest = _read_manifest(path)
+        manifest = read_manifest(path)
     except UserError as error:
         return [str(error)]
     problems = []
@@ -725,7 +726,7 @@ def verify_checkpoint(path: Path) -> list[str]:
 
 def _check(path: Path) -> None:
     """Reads and checks the whole checkpoint as `load` does, without keeping it."""
-    manifest = _read_manifest(path)
+    manifest = read_manifest(path)
     for name in manifest["files"]:
         _check_file(path, name, manifest)
 
@@ -751,7 +752,7 @@ def load(path: Path) -> Loaded:
 
     Raises: UserError naming the file and what is wrong with it. There is no other checkpoint to fall back to here.
     """
-    manifest = _read_manifest(path)
+    manifest = read_manifest(path)
     config_json = parse_json(_read_small(path, CONFIG, manifest), where=str(path / CONFIG))
     state = _parse_state(_read_small(path, STATE, manifest), manifest, where=str(path / STATE))
     model = _read_tensors(path, MODEL, manifest)
@@ -770,18 +771,18 @@ def load(path: Path) -> Loaded:
 
 def read_extra(path: Path, name: str) -> bytes | None:
     """An extra file of a checkpoint, checked against the manifest; None if it was saved without one."""
-    manifest = _read_manifest(path)
+    manifest = read_manifest(path)
     return _read_small(path, name, manifest, most=256 << 20) if name in manifest["files"] else None
 
 
-def _read_manifest(path: Path) -> dict[str, Any]:
+def read_manifest(path: Path) -> dict[str, Any]:
     """The manifest of a checkpoint: its own hash, its version and every field that this module relies on checked."""
     where = str(path / MANIFEST)
     with _opened(path / MANIFEST, None) as descriptor:
         data = _read_all(descriptor, most=MAX_JSON_BYTES, where=where)
     manifest = parse_json(data, where=where)
     # Written again it must give the same bytes, so that a flipped byte is found even where JSON would not mind it.
-    if manifest.get("sha256") != _canonical_sha256(manifest) or render_json(manifest) != data:
+    if manifest.get("sha256") != canonical_sha256(manifest) or render_json(manifest) != data:
         raise DamagedCheckpointError(f"{where} is not as it was written (its own sha256 differs)")
     version = manifest.get("schema_version")
     if version != SCHEMA_VERSION:
@@ -795,10 +796,9 @@ def _read_manifest(path: Path) -> dict[str, Any]:
         not counts
         or not isinstance(manifest.get("data_fingerprint"), str)
         or not isinstance(manifest.get("layout"), dict)
-        or not isinstance(manifest.get("versions"), dict)
         or not (loss is None or type(loss) is float)
     ):
-        raise DamagedCheckpointError(f"{where} lacks one of step, tokens, data_fingerprint, layout, versions")
+        raise DamagedCheckpointError(f"{where} lacks one of step, tokens, data_fingerprint, layout")
     if step_of(path.name) not in (None, manifest["step"]):
         raise DamagedCheckpointError(f"{where} is of step {manifest['step']}, the folder's name says otherwise")
     files = manifest.get("files")

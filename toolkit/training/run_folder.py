@@ -1,0 +1,405 @@
+"""A run's folder -> its identity, recipe, status and lock.
+
+run.json (one id for life, and a record of every start), recipe.json (the resolved settings), status.json (running,
+finished, preempted or failed) and run.lock. Guarantees: one process at a time holds a folder, and its death frees it;
+each file is replaced as a whole and durably; a run.json or recipe.json that is damaged or was edited is found and
+rebuilt from the copy in the newest checkpoint, aloud; a start with other settings than may change is refused. Secrets
+are left out of everything that is written here. Only the main process uses this module.
+"""
+
+import errno
+import fcntl
+import hashlib
+import logging
+import os
+import secrets
+import shlex
+import socket
+import stat
+import string
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal
+
+from toolkit.config import MAY_CHANGE_ON_RESUME, TrainConfig, differences, from_dict, to_dict
+from toolkit.errors import UserError, describe_os_error
+from toolkit.failpoint import failpoint
+from toolkit.training.checkpoint import (
+    MAX_JSON_BYTES,
+    Resolved,
+    canonical_sha256,
+    clean_leftovers,
+    fsync_folder,
+    parse_json,
+    read_extra,
+    read_manifest,
+    render_json,
+    resolve,
+)
+from toolkit.training.redact import redact
+
+logger = logging.getLogger(__name__)
+
+SCHEMA_VERSION = 1
+RUN, RECIPE, STATUS, LOCK, CHECKPOINTS = "run.json", "recipe.json", "status.json", "run.lock", "checkpoints"
+ID_CHARACTERS = 10  # lower-case letters and digits: 3.6e15 ids, and W&B takes it as it is
+MAX_STARTS = 1000  # records in run.json; a run that crashes at every start must not fill the disk with them
+
+Status = Literal["running", "finished", "preempted", "failed"]
+
+# Every point at which opening a folder can be interrupted, in the order in which a start passes them.
+OPEN_PHASES = (
+    "run_folder.locked",
+    "run_folder.resolved",
+    "run_folder.before-run",
+    "run_folder.after-run",
+    "run_folder.after-recipe",
+)
+
+
+@dataclass(frozen=True)
+class Opened:
+    """What `open` found: where to resume from, whether the run begins here, and what the user should know."""
+
+    resolved: Resolved
+    is_new: bool
+    lines: list[str]
+
+
+# Descriptors of held locks. A forked child (a DataLoader's worker) closes its copy: otherwise a worker that outlives a
+# killed process would hold the lock on its behalf.
+_held: set[int] = set()
+
+
+def _close_in_child() -> None:
+    for descriptor in _held:
+        os.close(descriptor)
+    _held.clear()
+
+
+class RunFolder:
+    """The folder of one run, locked from the moment this object exists until `close` or the end of the process."""
+
+    def __init__(self, path: Path) -> None:
+        """Makes the folder and takes its lock.
+
+        Raises: UserError if another process holds the folder or it cannot be written.
+        """
+        self.path = path
+        self.checkpoints = path / CHECKPOINTS
+        self.run: dict[str, Any] = {}
+        self._copies: dict[str, bytes] = {}
+        self._lines: list[str] = []
+        self._lock: int | None = None
+        try:
+            if not path.is_dir():
+                path.mkdir(parents=True)
+                fsync_folder(path.parent)
+            _refuse_strangers_folder(path)
+            self._exclusive = self._take_lock()
+        except OSError as error:
+            raise UserError(f"the run folder {path} cannot be used: {describe_os_error(error)}") from None
+        failpoint("run_folder.locked")
+
+    @property
+    def run_id(self) -> str:
+        """The run's id, the same in every start and in W&B."""
+        return str(self.run["id"])
+
+    def open(
+        self, config: TrainConfig, *, data_fingerprint: str, layout: Mapping[str, Any], argv: Sequence[str] = ()
+    ) -> Opened:
+        """Cleans up after a start that died, finds the newest checkpoint, and records this start.
+
+        Raises: UserError if all checkpoints are damaged, or the settings differ in what may not change.
+        """
+        try:
+            self._lines += clean_leftovers(self.checkpoints, alone=self._exclusive)
+            resolved = resolve(self.checkpoints)
+            failpoint("run_folder.resolved")
+            self._lines += [f"skipped the damaged checkpoint {name}: {reason}" for name, reason in resolved.skipped]
+            is_new = resolved.path is None and not (self.path / RUN).exists() and not (self.path / RECIPE).exists()
+            recipe = from_dict(TrainConfig, redact(to_dict(config)), where=RECIPE)
+            self._read_run(resolved.path, is_new=is_new)
+            changed = self._compare(self._read_recipe(resolved.path, is_new=is_new), recipe)
+            resumed_from = None
+            if resolved.path is not None:
+                manifest = read_manifest(resolved.path)
+                resumed_from = manifest["step"]
+                self._lines += _layout_changes(manifest["layout"], layout)
+            self._record(recipe, changed, resumed_from, data_fingerprint, layout, argv)
+        except OSError as error:
+            raise UserError(f"the run folder {self.path} cannot be used: {describe_os_error(error)}") from None
+        lines, self._lines = self._lines, []
+        return Opened(resolved, is_new, lines)
+
+    def copies(self) -> dict[str, bytes]:
+        """run.json and recipe.json as they should be on disk: every checkpoint carries them."""
+        return dict(self._copies)
+
+    def status(self) -> dict[str, Any] | None:
+        """What status.json says; None if there is none or it is damaged (the next `set_status` replaces it)."""
+        data = _read(self.path / STATUS)
+        try:
+            return None if data is None else parse_json(data, where=str(self.path / STATUS))
+        except UserError:
+            return None
+
+    def set_status(self, status: Status, *, step: int, reason: str = "") -> None:
+        """Replaces status.json. Raises: OSError if the disk refuses it."""
+        values = {
+            "schema_version": SCHEMA_VERSION,
+            "status": status,
+            "step": step,
+            "reason": redact(reason),
+            "updated": _now(),
+        }
+        write_whole(self.path / STATUS, render_json(values))
+
+    def close(self) -> None:
+        """Frees the folder for another process."""
+        if self._lock in _held:  # not so in a forked child, which has let go of it already
+            _held.discard(self._lock)
+            os.close(self._lock)
+        self._lock = None
+
+    def _take_lock(self) -> bool:
+        """Locks the folder; False where the file system knows no locks, which is said and not fatal."""
+        path = self.path / LOCK
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            locked = True
+        except OSError as error:
+            holder = _holder(descriptor)
+            if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+                os.close(descriptor)
+                raise UserError(
+                    f"the run folder {self.path} is in use by {holder}; wait until that run has ended, stop it, or "
+                    f"choose another --run.dir"
+                ) from None
+            self._lines.append(
+                f"{self.path} cannot be locked ({error.strerror}): make sure yourself that no second run uses it (the "
+                f"last to open it was {holder})"
+            )
+            locked = False
+        if not _held:
+            _register_fork_handler()
+        _held.add(descriptor)
+        self._lock = descriptor
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, f"pid {os.getpid()} on host {socket.gethostname()} since {_now()}\n".encode(), 0)
+        return locked
+
+    def _read_run(self, checkpoint: Path | None, *, is_new: bool) -> None:
+        """Sets `self.run` from run.json, from its copy, or (nothing there) to a new identity."""
+        path = self.path / RUN
+        data = _read(path)
+        problem = "is missing" if data is None else _problem_of_run(data)
+        if data is not None and problem is None:
+            self.run = parse_json(data, where=str(path))
+            return
+        copy = read_extra(checkpoint, RUN) if checkpoint else None
+        if copy is not None and _problem_of_run(copy) is None:
+            self._set_aside(path)
+            self.run = parse_json(copy, where=str(path))
+            self._lines.append(f"{path} {problem}: rebuilt from the copy in {checkpoint}")
+            return
+        self.run = {
+            "schema_version": SCHEMA_VERSION,
+            "id": "".join(secrets.choice(string.ascii_lowercase + string.digits) for _ in range(ID_CHARACTERS)),
+            "created": _now(),
+            "starts": [],
+        }
+        if not is_new:
+            self._set_aside(path)
+            self._lines.append(
+                f"{path} {problem} and no checkpoint holds a copy: the run gets the new id {self.run['id']}"
+            )
+
+    def _read_recipe(self, checkpoint: Path | None, *, is_new: bool) -> TrainConfig | None:
+        """The recipe of the start before: recipe.json if it is as it was written, else its copy; None if there is none.
+
+        Why run.json knows its hash: settings that may change make recipe.json differ from the newest checkpoint's copy
+        until the next save. Any start's recipe counts, because a start can die between writing the two files.
+        """
+        path = self.path / RECIPE
+        data = _read(path)
+        copy = read_extra(checkpoint, RECIPE) if checkpoint else None
+        known = {start.get("recipe_sha256") for start in self.run["starts"]}
+        if data is not None and (data == copy or hashlib.sha256(data).hexdigest() in known):
+            return _parse_recipe(data, path)
+        if is_new:
+            return None
+        problem = "is missing" if data is None else "is damaged or was edited by hand"
+        self._set_aside(path)
+        if copy is None:
+            self._lines.append(
+                f"{path} {problem} and no checkpoint holds a copy: written anew from this start's settings"
+            )
+            return None
+        self._lines.append(
+            f"{path} {problem}: rebuilt from the copy in {checkpoint} (settings are changed by flags, not in this file)"
+        )
+        return _parse_recipe(copy, path)
+
+    def _set_aside(self, path: Path) -> None:
+        if os.path.lexists(path):
+            path.replace(path.with_name(f"{path.name}.damaged"))
+
+    def _compare(self, old: TrainConfig | None, new: TrainConfig) -> dict[str, list[Any]]:
+        """Settings that differ from the start before and may. Raises: UserError with a table of those that may not."""
+        changed = differences(old, new) if old is not None else []
+        refused = [row for row in changed if row[0] not in MAY_CHANGE_ON_RESUME]
+        if refused:
+            rows = [("setting", "this run", "asked for"), *((name, repr(a), repr(b)) for name, a, b in refused)]
+            widths = [max(len(row[column]) for row in rows) for column in range(2)]
+            table = "\n".join(f"  {name:<{widths[0]}}  {a:<{widths[1]}}  {b}" for name, a, b in rows)
+            raise UserError(
+                f"{self.path} holds a run with other settings, and these may not change between starts; start with the "
+                f"old values, or choose another --run.dir:\n{table}"
+            )
+        self._lines += [f"changed since the start before: {name} {a!r} -> {b!r}" for name, a, b in changed]
+        return {name: [a, b] for name, a, b in changed}
+
+    def _record(
+        self,
+        recipe: TrainConfig,
+        changed: Mapping[str, Any],
+        resumed_from: int | None,
+        data_fingerprint: str,
+        layout: Mapping[str, Any],
+        argv: Sequence[str],
+    ) -> None:
+        """Adds this start to run.json, then writes recipe.json; both stay in memory for the checkpoints' copies."""
+        recipe_bytes = render_json(to_dict(recipe))
+        start = {
+            "time": _now(),
+            "command": shlex.join(argv),
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "resumed_from": resumed_from,
+            "changed": dict(changed),
+            "data_fingerprint": data_fingerprint,
+            "layout": dict(layout),
+            "recipe_sha256": hashlib.sha256(recipe_bytes).hexdigest(),
+        }
+        starts = [*self.run["starts"], redact(start)]
+        self.run = {**self.run, "starts": starts[:1] + starts[1:][-(MAX_STARTS - 1) :]}
+        self.run["sha256"] = canonical_sha256(self.run)
+        self._copies = {RUN: render_json(self.run), RECIPE: recipe_bytes}
+        failpoint("run_folder.before-run")
+        write_whole(self.path / RUN, self._copies[RUN])
+        failpoint("run_folder.after-run")
+        write_whole(self.path / RECIPE, self._copies[RECIPE])
+        failpoint("run_folder.after-recipe")
+
+
+_registered = False
+
+
+def _register_fork_handler() -> None:
+    global _registered
+    if not _registered:  # it cannot be taken back, so once per process
+        os.register_at_fork(after_in_child=_close_in_child)
+        _registered = True
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Puts a file in place as a whole, durably: whoever reads `path` sees the old content or the new, never a mixture."""
+    temporary = path.with_name(f".{path.name}.tmp")  # one name: what a killed process left is overwritten
+    try:
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+        try:
+            view = memoryview(data)
+            while view:
+                view = view[os.write(descriptor, view) :]
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+        failpoint("run_folder.before-replace")
+        temporary.replace(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        error.filename = error.filename or str(path)
+        raise
+    fsync_folder(path.parent)
+
+
+def _read(path: Path) -> bytes | None:
+    """The file's content; None if it is missing or too large to be one of ours."""
+    try:
+        with path.open("rb") as file:
+            data = file.read(MAX_JSON_BYTES + 1)
+    except FileNotFoundError:
+        return None
+    return data if len(data) <= MAX_JSON_BYTES else b""
+
+
+def _problem_of_run(data: bytes) -> str | None:
+    try:
+        run = parse_json(data, where=RUN)
+    except UserError:
+        return "is not valid JSON"
+    if run.get("sha256") != canonical_sha256(run) or render_json(run) != data:
+        return "is damaged or was edited by hand"
+    if run.get("schema_version") != SCHEMA_VERSION:
+        raise UserError(
+            f"{RUN} has schema version {str(run.get('schema_version'))[:20]}, this toolkit reads {SCHEMA_VERSION}; use "
+            f"the toolkit's version that wrote it"
+        )
+    run_id, starts = run.get("id"), run.get("starts")
+    if not isinstance(run_id, str) or not isinstance(starts, list) or not all(isinstance(s, dict) for s in starts):
+        return "lacks the run's id or its starts"
+    return None
+
+
+def _parse_recipe(data: bytes, path: Path) -> TrainConfig:
+    return from_dict(TrainConfig, parse_json(data, where=str(path)), where=str(path))
+
+
+def _layout_changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """One line on what differs from the layout that saved the checkpoint: bits are promised for an equal one only."""
+    before, after = _flat(old), _flat(new)
+    changes = [
+        f"{name} {before.get(name)} -> {after.get(name)}"
+        for name in sorted(set(before) | set(after))
+        if before.get(name) != after.get(name)
+    ]
+    if not changes:
+        return []
+    return [
+        f"the checkpoint was saved with another layout ({', '.join(changes)}): the same samples follow, but losses equal "
+        f"an uninterrupted run's only within rounding, not to the bit"
+    ]
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
+    return flat
+
+
+def _holder(descriptor: int) -> str:
+    try:
+        text = os.pread(descriptor, 200, 0).decode(errors="replace").strip()
+    except OSError:
+        text = ""
+    return "".join(c for c in text if c.isprintable()) or "another process"
+
+
+def _refuse_strangers_folder(path: Path) -> None:
+    """Refuses a folder of another user that anybody may write: what lies in it need not come from that user."""
+    found = path.stat()
+    if found.st_uid != os.geteuid() and found.st_mode & stat.S_IWOTH:
+        raise UserError(
+            f"the run folder {path} belongs to user {found.st_uid} and everybody may write to it; take that right away "
+            f"(chmod o-w {shlex.quote(str(path))}) or choose another --run.dir"
+        )
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
