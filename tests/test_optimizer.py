@@ -377,3 +377,44 @@ def test_another_peak_learning_rate_is_no_hindrance():
     model_b, optimizer_b = build(learning_rate=1e-4)
     load_optimizer(optimizer_b, model_b, *save(model, optimizer))
     assert set_learning_rate(optimizer_b, 1.0) == 1e-4
+
+
+def test_state_from_before_the_first_update_empties_an_optimizer_in_use():
+    model, optimizer = build()
+    fresh = save(model, optimizer)
+    train(model, optimizer, range(1), grad_scaler(False))
+    load_optimizer(optimizer, model, *fresh)
+    assert optimizer_tensors(optimizer, model) == {}
+
+
+OWN_OPTIMIZERS = {
+    "sgd": lambda parameters: torch.optim.SGD(parameters, lr=0.1),
+    "momentum": lambda parameters: torch.optim.SGD(parameters, lr=0.1, momentum=0.9),
+    "nadam": lambda parameters: torch.optim.NAdam(parameters, lr=0.01),  # two scalars and two moments
+}
+
+
+@pytest.mark.parametrize("name", OWN_OPTIMIZERS)
+def test_an_optimizer_of_ones_own_is_scheduled_saved_and_resumed_to_the_bit(name):
+    def start(seed=1):
+        model = GPT2(TINY, seed=seed)
+        return model, OWN_OPTIMIZERS[name](model.parameters())
+
+    model, optimizer = start()
+    losses = train(model, optimizer, range(6), grad_scaler(False))
+    assert optimizer.param_groups[0]["lr"] == 6 / NUM_STEPS * (0.01 if name == "nadam" else 0.1)
+    model_a, optimizer_a = start()
+    before = train(model_a, optimizer_a, range(3), grad_scaler(False))
+    model_b, optimizer_b = start(seed=99)
+    model_b.load_state_dict(weights(model_a))
+    load_optimizer(optimizer_b, model_b, *save(model_a, optimizer_a))
+    assert before + train(model_b, optimizer_b, range(3, 6), grad_scaler(False)) == losses
+    assert_equal_tensors(weights(model_b), weights(model))
+
+
+def test_state_that_has_no_place_in_a_checkpoint_is_refused_by_name():
+    model = GPT2(TINY, seed=1)
+    optimizer = torch.optim.Adafactor(model.parameters(), lr=0.01)  # row and column statistics
+    train(model, optimizer, range(1), grad_scaler(False))
+    with pytest.raises(UserError, match=r"Adafactor keeps 'row_var' for wte\.weight, which is neither"):
+        optimizer_tensors(optimizer, model)

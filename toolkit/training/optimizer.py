@@ -24,14 +24,18 @@ from toolkit.training.muon import MuonWithAdamW, muon_groups
 # itself, without asking the host, when a GradScaler has found an infinity.
 FUSED_DEVICES = frozenset({"cpu", "cuda", "mps", "xpu"})
 
-# What each algorithm keeps for a parameter; all but AdamW's `step` (a scalar) have the parameter's shape.
+# What our algorithms keep for a parameter; all but AdamW's `step` (a scalar) have the parameter's shape.
 STATE_KEYS = {"adamw": ("step", "exp_avg", "exp_avg_sq"), "muon": ("momentum_buffer",)}
 
-# The group's settings that state is only valid with; a checkpoint records them and `load_optimizer` compares them.
+# The settings that the state was made with; a checkpoint records them and `load_optimizer` compares them.
 _HYPERPARAMETERS = {
     "adamw": ("betas", "eps", "weight_decay"),
     "muon": ("momentum", "nesterov", "ns_coefficients", "ns_steps", "eps", "weight_decay", "adjust_lr_fn", "parts"),
 }
+# Of an optimizer that is not ours: everything but these, which say who, how fast and with which kernel.
+_NOT_COMPARED = frozenset(
+    {"params", "name", "lr", "initial_lr", "peak_learning_rate", "fused", "foreach", "capturable", "differentiable"}
+)
 
 
 def build_optimizer(model: nn.Module, config: OptimizerConfig, *, device_type: str) -> torch.optim.Optimizer:
@@ -61,34 +65,43 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig, *, device_type: s
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, multiplier: float) -> float:
-    """Sets every group's rate to `multiplier` times its own peak, and returns AdamW's rate for the log."""
+    """Sets every group's rate to `multiplier` times its own peak, and returns AdamW's rate for the log.
+
+    The peak of a group that `build_optimizer` did not make is the rate that it has at the first call.
+    """
     for group in optimizer.param_groups:
-        group["lr"] = group["peak_learning_rate"] * multiplier
-    return cast(float, next(group["lr"] for group in optimizer.param_groups if group["algorithm"] == "adamw"))
+        group["lr"] = group.setdefault("peak_learning_rate", group["lr"]) * multiplier
+    groups = optimizer.param_groups
+    return cast(float, next((g["lr"] for g in groups if g.get("algorithm") == "adamw"), groups[0]["lr"]))
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Tensor]:
     """The state as "<parameter name>|<key>" -> tensor, without the padding rows of wte; empty before the first update.
 
-    The tensors are the live ones, or views of them, on their own devices: copy them before the next step.
+    The tensors are the live ones, or views of them, on their own devices: copy them before the next step. Any
+    optimizer will do whose state is tensors of a parameter's shape and scalar tensors.
+    Raises: UserError for state of another kind.
     """
-    named = list(_named_parameters(optimizer, model))
-    stateful = [name for name, parameter, _ in named if optimizer.state.get(parameter)]
-    assert not stateful or len(stateful) == len(named), "some parameters were never updated"
-    return {
-        f"{name}|{key}": _canonical(name, key, optimizer.state[parameter][key], model)
-        for name, parameter, algorithm in named
-        for key in STATE_KEYS[algorithm]
-        if stateful
-    }
+    tensors = {}
+    for name, parameter, _ in _named_parameters(optimizer, model):
+        for key, value in optimizer.state.get(parameter, {}).items():
+            if value is None:  # SGD without momentum
+                continue
+            if not isinstance(value, Tensor) or value.shape not in (parameter.shape, ()):
+                raise UserError(
+                    f"{type(optimizer).__name__} keeps {key!r} for {name}, which is neither a tensor of the parameter's "
+                    "shape nor a scalar tensor and cannot be saved; use an optimizer whose state is"
+                )
+            tensors[f"{name}|{key}"] = _canonical(name, value, model)
+    return tensors
 
 
 def optimizer_scalars(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """Each group's settings by group name, as JSON values; `load_optimizer` wants all but the peak rate to be equal."""
     return {
         "groups": {
-            group["name"]: _hyperparameters(group) | {"peak_learning_rate": group["peak_learning_rate"]}
-            for group in optimizer.param_groups
+            name: _hyperparameters(group) | {"peak_learning_rate": group.get("peak_learning_rate", group["lr"])}
+            for name, group in _named_groups(optimizer)
         }
     }
 
@@ -111,47 +124,56 @@ def load_optimizer(
             f"the saved optimizer state does not fit this model and recipe: {'; '.join(problems[:4])}{more}"
         )
     optimizer.state.clear()
-    if not tensors:
-        return
-    for name, parameter, algorithm in _named_parameters(optimizer, model):
-        for key in STATE_KEYS[algorithm]:
-            value = _empty_state(optimizer, parameter, key)
-            _canonical(name, key, value, model).copy_(tensors[f"{name}|{key}"])
-            optimizer.state[parameter][key] = value
+    parameters = {name: (parameter, group) for name, parameter, group in _named_parameters(optimizer, model)}
+    for full_name, tensor in tensors.items():
+        name, _, key = full_name.rpartition("|")
+        parameter, group = parameters[name]
+        value = _empty_state(parameter, group, key, scalar=tensor.ndim == 0, dtype=tensor.dtype)
+        _canonical(name, value, model).copy_(tensor)
+        optimizer.state[parameter][key] = value
 
 
-def _named_parameters(optimizer: torch.optim.Optimizer, model: nn.Module) -> Iterator[tuple[str, Tensor, str]]:
-    """(name, parameter, algorithm) for everything that the optimizer updates, in the model's order."""
-    algorithms = {id(p): group["algorithm"] for group in optimizer.param_groups for p in group["params"]}
-    named = [(name, p) for name, p in model.named_parameters() if id(p) in algorithms]
-    assert len(named) == len(algorithms), "the optimizer holds parameters that this model does not have"
+def _named_groups(optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, dict[str, Any]]]:
+    for index, group in enumerate(optimizer.param_groups):
+        yield group.get("name", f"group_{index}"), group
+
+
+def _named_parameters(
+    optimizer: torch.optim.Optimizer, model: nn.Module
+) -> Iterator[tuple[str, Tensor, dict[str, Any]]]:
+    """(name, parameter, its group) for everything that the optimizer updates, in the model's order."""
+    groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
+    named = [(name, p) for name, p in model.named_parameters() if id(p) in groups]
+    assert len(named) == len(groups), "the optimizer holds parameters that this model does not have"
     for name, parameter in named:
-        yield name, parameter, algorithms[id(parameter)]
+        yield name, parameter, groups[id(parameter)]
 
 
-def _canonical(name: str, key: str, value: Tensor, model: nn.Module) -> Tensor:
-    """The part of a state tensor that belongs to the published GPT-2 shapes, as a view."""
-    return value if key == "step" else cut(name, value, cast(Any, model).config)
+def _canonical(name: str, value: Tensor, model: nn.Module) -> Tensor:
+    """The part of a parameter or of its state that belongs to the published GPT-2 shapes, as a view."""
+    return cut(name, value, cast(Any, model).config) if value.ndim else value
 
 
-def _empty_state(optimizer: torch.optim.Optimizer, parameter: Tensor, key: str) -> Tensor:
-    """A zero state tensor exactly as the algorithm itself would make it at its first step."""
-    if key != "step":
-        return torch.zeros_like(parameter, memory_format=torch.preserve_format)
-    group = next(group for group in optimizer.param_groups if any(p is parameter for p in group["params"]))
-    # The fused kernels count on the device; the others on the host, where a launch for one scalar would cost more.
-    device = parameter.device if group["fused"] or group["capturable"] else torch.device("cpu")
-    return torch.zeros((), dtype=torch.float32, device=device)
+def _empty_state(parameter: Tensor, group: Mapping[str, Any], key: str, *, scalar: bool, dtype: torch.dtype) -> Tensor:
+    """A zero state tensor exactly as torch's optimizers make it at their first step."""
+    if not scalar:
+        return torch.zeros_like(parameter, dtype=dtype, memory_format=torch.preserve_format)
+    # Fused kernels count on the device; the others on the host, where a launch for one scalar would cost more.
+    on_host = key == "step" and not (group.get("fused") or group.get("capturable"))
+    return torch.zeros((), dtype=dtype, device="cpu" if on_host else parameter.device)
 
 
 def _hyperparameters(group: Mapping[str, Any]) -> dict[str, Any]:
-    values = {key: group[key] for key in ("algorithm", *_HYPERPARAMETERS[group["algorithm"]])}
-    return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
+    """What the group's state depends on, as JSON values."""
+    ours = _HYPERPARAMETERS.get(group.get("algorithm", ""))
+    keys = ["algorithm", *ours] if ours else sorted(set(group) - _NOT_COMPARED)
+    values = {key: list(value) if isinstance(value := group[key], tuple) else value for key in keys}
+    return {key: value for key, value in values.items() if isinstance(value, (bool, int, float, str, list, type(None)))}
 
 
 def _scalar_problems(optimizer: torch.optim.Optimizer, scalars: Mapping[str, Any]) -> list[str]:
     saved = scalars.get("groups")
-    ours = {group["name"]: _hyperparameters(group) for group in optimizer.param_groups}
+    ours = {name: _hyperparameters(group) for name, group in _named_groups(optimizer)}
     if not isinstance(saved, Mapping) or set(saved) != set(ours):
         found = sorted(saved) if isinstance(saved, Mapping) else saved
         return [f"parameter groups {found}, expected {sorted(ours)} (another --optimizer.name?)"]
@@ -167,19 +189,28 @@ def _scalar_problems(optimizer: torch.optim.Optimizer, scalars: Mapping[str, Any
 
 
 def _tensor_problems(optimizer: torch.optim.Optimizer, model: nn.Module, tensors: Mapping[str, Tensor]) -> list[str]:
-    shapes = {
-        f"{name}|{key}": () if key == "step" else tuple(_canonical(name, key, parameter, model).shape)
-        for name, parameter, algorithm in _named_parameters(optimizer, model)
-        for key in STATE_KEYS[algorithm]
-    }
-    problems = [f"{name} is missing" for name in shapes if name not in tensors]
-    problems += [f"{name} is not expected" for name in tensors if name not in shapes]
-    for name, shape in shapes.items():
-        tensor = tensors.get(name)
-        if tensor is None:
+    parameters = {name: (parameter, group) for name, parameter, group in _named_parameters(optimizer, model)}
+    saved_keys: dict[str, list[str]] = {name: [] for name in parameters}
+    problems = []
+    for full_name, tensor in tensors.items():
+        name, _, key = full_name.rpartition("|")
+        parameter, group = parameters.get(name, (None, {}))
+        keys = STATE_KEYS.get(group.get("algorithm", ""), (key,))
+        if parameter is None or key not in keys:
+            problems.append(f"{full_name} is not expected")
             continue
-        if tuple(tensor.shape) != shape or tensor.dtype != torch.float32:
-            problems.append(f"{name} is {tensor.dtype} {tuple(tensor.shape)}, expected torch.float32 {shape}")
-        elif name.endswith("|step") and not (tensor >= 0 and tensor == tensor.floor() and tensor.isfinite()):
-            problems.append(f"{name}={tensor.item()} is not a number of updates")
+        saved_keys[name].append(key)
+        whole = tuple(_canonical(name, parameter, model).shape)
+        known = "algorithm" in group
+        shapes = [() if key == "step" else whole] if known else [whole, ()]
+        if tuple(tensor.shape) not in shapes or (known and tensor.dtype != torch.float32):
+            wanted = " or ".join(map(str, shapes))
+            problems.append(f"{full_name} is {tensor.dtype} {tuple(tensor.shape)}, expected torch.float32 {wanted}")
+        elif key == "step" and not (tensor >= 0 and tensor == tensor.floor() and tensor.isfinite()):
+            problems.append(f"{full_name}={tensor.item()} is not a number of updates")
+    for name, keys_found in saved_keys.items():
+        group = parameters[name][1]
+        first = next((keys for keys in saved_keys.values() if keys), [])
+        expected = STATE_KEYS.get(group.get("algorithm", ""), first)
+        problems += [f"{name}|{key} is missing" for key in expected if key not in keys_found]
     return problems
