@@ -26,6 +26,11 @@ def failpoint(name: str) -> None:
         _act(name, settings)
 
 
+def is_set(name: str) -> bool:
+    """True if the environment names this point."""
+    return name in os.environ.get(VARIABLE, "")
+
+
 def _act(name: str, settings: str) -> None:
     _passages[name] = passage = _passages.get(name, 0) + 1
     for setting in settings.split(";"):

@@ -1,0 +1,41 @@
+"""A GPT-2 of a few million parameters on the bytes of Python's standard library: minutes on two CPU cores.
+
+toolkit prepare stdlib --out data/stdlib-bytes --tokenizer bytes
+accelerate launch recipes/train_demo.py
+"""
+
+from toolkit.config import (
+    DataConfig,
+    EvaluationConfig,
+    GPT2Config,
+    OptimizerConfig,
+    RunConfig,
+    SamplingConfig,
+    ScheduleConfig,
+    TrainConfig,
+    TrainingConfig,
+)
+from toolkit.recipe import run
+
+CONFIG = TrainConfig(
+    run=RunConfig(dir="runs/demo"),
+    model=GPT2Config(
+        n_layer=4, n_head=4, n_embd=256, context_length=256, vocab_size=257
+    ),  # 3.3M; 256 bytes + end-of-text
+    data=DataConfig(path=("data/stdlib-bytes",), sequence_length=256),
+    training=TrainingConfig(
+        tokens_per_step=1024,  # small: on a CPU the number of updates decides
+        micro_batch_size=4,  # 4 * 256 = 1,024: no accumulation
+        max_steps=1500,
+        eval_every=250,
+        checkpoint_every=500,
+        sample_every=500,
+    ),
+    optimizer=OptimizerConfig(learning_rate=2e-3, weight_decay=0.1, beta2=0.99),  # few tokens a step: a longer memory
+    schedule=ScheduleConfig(name="cosine", warmup_steps=50, decay_steps=1450, final_ratio=0.05),
+    evaluation=EvaluationConfig(max_tokens=65_536, micro_batch_size=16),
+    sampling=SamplingConfig(prompt="def ", num_samples=1, max_new_tokens=160, temperature=0.7, top_k=50),
+)
+
+if __name__ == "__main__":
+    run(CONFIG)

@@ -1,0 +1,116 @@
+"""A recipe as a program: flags over its numbers, then the run.
+
+Flags are read before torch is imported, so that `--help` and a mistyped flag are answered at once, and by the main
+process alone.
+"""
+
+import dataclasses
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import tyro
+
+from toolkit.config import GPT2_SIZES, GPT2Config, TrainConfig
+from toolkit.errors import UserError, is_main_process, one_line_errors
+
+
+def run(default: TrainConfig, arguments: Sequence[str] | None = None) -> None:
+    """Trains the recipe `default` with the command line's flags over it: what every file in recipes/ ends with."""
+    with one_line_errors():
+        config = parse(default, arguments)
+        from toolkit.training.trainer import Trainer
+
+        Trainer(config).fit()
+
+
+def parse(default: TrainConfig, arguments: Sequence[str] | None = None) -> TrainConfig:
+    """The recipe with flags applied; `--model.size` and `--model.init-from` set the shape that other flags start from.
+
+    Raises: SystemExit after `--help`, or with a message for a flag that does not exist or a value that does not fit.
+    """
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    default = dataclasses.replace(default, model=_starting_shape(default.model, given))
+    return tyro.cli(
+        TrainConfig,
+        args=_without_size(given),
+        default=default,
+        description=(sys.modules["__main__"].__doc__ or "").strip(),
+        config=(tyro.conf.FlagConversionOff,),
+        console_outputs=is_main_process(),
+        registry=_flag_types(),
+    )
+
+
+def _flag_types() -> tyro.constructors.ConstructorRegistry:
+    """Lets a truth value be written true or True, like in YAML and in Python."""
+    registry = tyro.constructors.ConstructorRegistry()
+
+    @registry.primitive_rule
+    def truth(info: tyro.constructors.PrimitiveTypeInfo) -> tyro.constructors.PrimitiveConstructorSpec[bool] | None:
+        if info.type is not bool:
+            return None
+        return tyro.constructors.PrimitiveConstructorSpec(
+            nargs=1,
+            metavar="{true,false}",
+            instance_from_str=lambda words: _truth(words[0]),
+            is_instance=lambda value: isinstance(value, bool),
+            str_from_instance=lambda value: [str(value).lower()],
+        )
+
+    return registry
+
+
+def _truth(word: str) -> bool:
+    if word.lower() not in ("true", "false"):
+        raise ValueError(f"{word!r} is neither true nor false")
+    return word.lower() == "true"
+
+
+def _starting_shape(model: GPT2Config, arguments: Sequence[str]) -> GPT2Config:
+    """The recipe's model, in the shape of the published GPT-2 or of the weights that the flags name.
+
+    Raises: UserError for an unknown size, or weights that cannot be read.
+    """
+    shape: dict[str, Any] = {}
+    size = _value_of("--model.size", arguments)
+    if size in GPT2_SIZES:
+        shape = dict(zip(("n_layer", "n_head", "n_embd"), GPT2_SIZES[size], strict=True))
+    source = _value_of("--model.init-from", arguments)
+    if source not in (None, "None"):
+        if shape:
+            raise UserError(
+                f"--model.size {size} and --model.init-from {source} both set the model's shape; give one of them"
+            )
+        from toolkit.model.huggingface import read_config
+
+        found = read_config(source)
+        names = ("n_layer", "n_head", "n_embd", "context_length", "vocab_size")
+        shape = {name: getattr(found, name) for name in names}
+    return dataclasses.replace(model, **shape) if shape else model
+
+
+def _without_size(arguments: Sequence[str]) -> list[str]:
+    """The flags but for a valid `--model.size`, which has done its work: a recorded recipe holds the shape alone."""
+    kept: list[str] = []
+    skip = False
+    for index, argument in enumerate(arguments):
+        name, equals, inline = argument.partition("=")
+        value = inline if equals else next(iter(arguments[index + 1 : index + 2]), "")
+        if skip:
+            skip = False
+        elif name.replace("_", "-") == "--model.size" and value in GPT2_SIZES:
+            skip = not equals
+        else:
+            kept.append(argument)
+    return kept
+
+
+def _value_of(flag: str, arguments: Sequence[str]) -> str | None:
+    """The value of a flag as tyro will read it: the last of `--a-b v`, `--a-b=v`, `--a_b v`."""
+    value = None
+    for index, argument in enumerate(arguments):
+        name, equals, inline = argument.partition("=")
+        if name.replace("_", "-") == flag:
+            value = inline if equals else next(iter(arguments[index + 1 : index + 2]), None)
+    return value

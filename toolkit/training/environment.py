@@ -1,0 +1,120 @@
+"""What surrounds the process: variables set by launchers, the precision that follows, devices, versions, compilers."""
+
+import importlib.util
+import os
+import platform
+import shutil
+from importlib import metadata
+from typing import Literal
+
+import torch
+
+from toolkit.config import Precision
+from toolkit.errors import UserError
+
+_VERSIONS_OF = ("torch", "accelerate", "numpy", "safetensors", "tiktoken", "gpt2-toolkit")
+_FALSE = ("", "no", "false", "0")
+
+
+def refuse_environment() -> None:
+    """Refuses what a launcher or a user's Accelerate configuration sets behind the recipe's back.
+
+    Raises: UserError naming the variable and what to do instead.
+    """
+    accumulation = os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
+    if accumulation != "1":
+        raise UserError(
+            f"ACCELERATE_GRADIENT_ACCUMULATION_STEPS={accumulation} would override the accumulation that follows from "
+            "tokens_per_step and micro_batch_size; unset it and change --training.micro-batch-size instead"
+        )
+    for name, what in (
+        ("ACCELERATE_USE_DEEPSPEED", "DeepSpeed"),
+        ("ACCELERATE_USE_FSDP", "FSDP"),
+        ("ACCELERATE_USE_MEGATRON_LM", "Megatron-LM"),
+        ("ACCELERATE_USE_PARALLELISM_CONFIG", "a parallelism configuration"),
+    ):
+        if os.environ.get(name, "").lower() not in _FALSE:
+            raise UserError(
+                f"{name}={os.environ[name]} asks for {what}, which this toolkit does not use; launch with plain DDP"
+            )
+    dynamo = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no")
+    if dynamo.lower() not in _FALSE:
+        raise UserError(f"ACCELERATE_DYNAMO_BACKEND={dynamo} is ignored here; use --training.compile on instead")
+
+
+def resolve_precision(asked: Literal["auto", "fp32", "bf16", "fp16"]) -> Precision:
+    """The precision of the products: from the recipe, else from the launcher, else what the device does best.
+
+    Raises: UserError if recipe and launcher contradict each other, or the device cannot do what is asked.
+    """
+    launcher = os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
+    launched: Precision | None = None
+    if launcher in ("bf16", "fp16"):
+        launched = "bf16" if launcher == "bf16" else "fp16"
+    elif launcher not in _FALSE:
+        raise UserError(f"--mixed_precision {launcher} of the launcher is not supported; use bf16, fp16 or no")
+    if asked != "auto" and launched is not None and asked != launched:
+        raise UserError(
+            f"--training.precision {asked} contradicts --mixed_precision {launched} of accelerate launch; give one, or both the same"
+        )
+    cuda = torch.cuda.is_available()
+    if asked != "auto":
+        precision: Precision = asked
+    elif launched is not None:
+        precision = launched
+    elif cuda:
+        precision = "bf16" if _native_bf16() else "fp16"
+    else:
+        precision = "fp32"
+    if precision == "fp16" and not cuda:
+        raise UserError(
+            "precision fp16 needs a GradScaler, which acts on CUDA only: here gradients would underflow unseen; "
+            "use --training.precision bf16 or fp32"
+        )
+    if precision == "bf16" and cuda and not _native_bf16():
+        raise UserError(
+            f"{torch.cuda.get_device_name()} does not compute bf16 natively; use --training.precision fp16 or fp32"
+        )
+    return precision
+
+
+def _native_bf16() -> bool:
+    """True on CUDA devices with bf16 tensor cores (compute capability 8.0 and later), not merely an emulation."""
+    return torch.cuda.get_device_capability()[0] >= 8
+
+
+def device_name(device: torch.device) -> str:
+    """The device's name as its maker gives it; for a CPU its architecture."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device.type} ({platform.machine()})"
+
+
+def library_versions() -> dict[str, str]:
+    """Python's and the main libraries' versions, for the records of a run."""
+    return {"python": platform.python_version()} | {name: metadata.version(name) for name in _VERSIONS_OF}
+
+
+def compile_problem(device: torch.device) -> str | None:
+    """Why `torch.compile` cannot work here, or None: its code generators need a C++ compiler, on CUDA also Triton."""
+    compilers = [os.environ.get("CXX", ""), "g++", "clang++", "cl"]
+    if not any(name and shutil.which(name) for name in compilers):
+        return "no C++ compiler found (looked for $CXX, g++, clang++, cl)"
+    if device.type == "cuda" and importlib.util.find_spec("triton") is None:
+        return "Triton is not installed"
+    return None
+
+
+def should_compile(asked: Literal["auto", "on", "off"], device: torch.device) -> tuple[bool, str | None]:
+    """(compile or not, a line to say about it or None).
+
+    Raises: UserError if compilation was asked for explicitly and cannot work.
+    """
+    if asked == "off" or (asked == "auto" and device.type != "cuda"):
+        return False, None
+    problem = compile_problem(device)
+    if problem is None:
+        return True, None
+    if asked == "on":
+        raise UserError(f"--training.compile on cannot work here: {problem}; install it or use --training.compile off")
+    return False, f"not compiling: {problem}"

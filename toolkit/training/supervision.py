@@ -1,0 +1,94 @@
+"""What watches over a training process: stop requests from outside, the death of the launcher, and a hang.
+
+Nothing here talks to other processes: each one learns of its own signals, and the trainer carries "somebody was asked
+to stop" in the one reduction of the step, so that all leave at the same step. A signal is only noted; the work of
+stopping is done between two steps.
+"""
+
+import ctypes
+import faulthandler
+import logging
+import os
+import signal
+import sys
+import time
+from types import FrameType
+
+logger = logging.getLogger(__name__)
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, *(() if sys.platform == "win32" else (signal.SIGUSR1,)))
+
+# One request can arrive several times: a terminal sends Ctrl-C to the launcher and to us, and the launcher passes it
+# on. Signals this close together [seconds] are one request; a later one means "leave at once".
+SAME_REQUEST_SECONDS = 0.5
+
+# Set by `accelerate launch` and by torchrun: there is a launcher above us whose death we must notice.
+_LAUNCHER_VARIABLES = ("ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID")
+
+_PR_SET_PDEATHSIG = 1  # Source: Linux, include/uapi/linux/prctl.h
+
+
+class StopRequests:
+    """Notes that this process was asked to stop: by a signal, or because its launcher has died.
+
+    Why the launcher's death counts: a one-process `accelerate launch` passes no signal on, and a launcher killed with
+    SIGKILL or SIGUSR1 would leave training processes behind that share their run folder with the next start.
+    """
+
+    def __init__(self) -> None:
+        self.reason: str | None = None
+        self._first: float = 0.0
+        self._launcher = os.getppid() if any(name in os.environ for name in _LAUNCHER_VARIABLES) else None
+        self._previous: dict[int, object] = {}
+
+    def listen(self) -> None:
+        """Installs the handlers, and asks Linux for a SIGTERM when the launcher dies."""
+        for number in STOP_SIGNALS:
+            self._previous[number] = signal.signal(number, self._handle)
+        if self._launcher is not None and sys.platform == "linux":
+            ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
+
+    def stop_listening(self) -> None:
+        """Puts the handlers back that were there before `listen`."""
+        for number, handler in self._previous.items():
+            signal.signal(number, handler if handler is not None else signal.SIG_DFL)  # type: ignore[arg-type]
+        self._previous.clear()
+
+    def asked(self) -> bool:
+        """True once this process should stop; also notices a dead launcher where the system sends no signal for it."""
+        if self.reason is None and self._launcher_died():
+            self.reason = "the launcher has died"
+        return self.reason is not None
+
+    def _launcher_died(self) -> bool:
+        return self._launcher is not None and os.getppid() != self._launcher
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        name, now = signal.Signals(number).name, time.monotonic()
+        if self.reason is None:
+            self.reason = "the launcher has died" if self._launcher_died() else f"received {name}"
+            self._first = now
+        elif now - self._first > SAME_REQUEST_SECONDS and not self._launcher_died():
+            # os.write, not logging: a handler may run while a lock of the logging module is held.
+            os.write(2, f"\nreceived {name} again: leaving at once; the last complete checkpoint is intact\n".encode())
+            os._exit(128 + number)
+
+
+class Watchdog:
+    """Prints the stacks of all threads and ends the process when `feed` is not called for `minutes`.
+
+    Why: a stuck process keeps its peers waiting inside a collective for the whole timeout of the process group without
+    a word. Each process has a watchdog of its own, so the stuck line is printed by every rank. `faulthandler` does it
+    from a thread of the C level, which runs even while the interpreter is stuck.
+    """
+
+    def __init__(self, minutes: float) -> None:
+        self._seconds = minutes * 60
+
+    def feed(self) -> None:
+        """Starts the wait anew; called after each step and inside long work between steps."""
+        faulthandler.dump_traceback_later(self._seconds, exit=True, file=sys.__stderr__ or sys.stderr)
+
+    def stop(self) -> None:
+        """No longer watches."""
+        faulthandler.cancel_dump_traceback_later()

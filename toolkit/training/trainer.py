@@ -1,0 +1,954 @@
+"""Batches to weights: the run, from the first step to the last checkpoint, on any number of processes.
+
+`fit()` is the whole run in one screen, `train_step()` the whole step in another; everything else here serves one of the
+two. This is the only file that knows Accelerate, which supplies the process group, the device, DDP, autocast, the
+GradScaler and the division of micro-batches among processes. What a step computes is a function of the recipe, the step
+number and the position in the data alone, so that a resumed run repeats an uninterrupted one.
+"""
+
+import gc
+import logging
+import math
+import os
+import resource
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import (
+    DataLoaderConfiguration,
+    DistributedDataParallelKwargs,
+    InitProcessGroupKwargs,
+)
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from toolkit.config import Precision, TrainConfig, grad_accum_steps, to_dict
+from toolkit.data.loader import Data, open_data, training_loader, validation_loader
+from toolkit.data.tokenizer import Tokenizer, load_tokenizer
+from toolkit.errors import UserError
+from toolkit.evaluation.generate import generate
+from toolkit.evaluation.loss import evaluate
+from toolkit.failpoint import failpoint, is_set
+from toolkit.model.gpt2 import GPT2, canonical_tensors, flops_per_token, load_canonical, num_parameters
+from toolkit.model.huggingface import config_json, load_weights
+from toolkit.training import checkpoint
+from toolkit.training.environment import (
+    device_name,
+    library_versions,
+    refuse_environment,
+    resolve_precision,
+    should_compile,
+)
+from toolkit.training.hardware import peak_flops
+from toolkit.training.metrics import RunLog
+from toolkit.training.optimizer import (
+    build_optimizer,
+    load_optimizer,
+    optimizer_scalars,
+    optimizer_tensors,
+    set_learning_rate,
+)
+from toolkit.training.processes import Processes
+from toolkit.training.run_folder import RunFolder
+from toolkit.training.schedule import learning_rate_multiplier
+from toolkit.training.spikes import SpikeDetector
+from toolkit.training.supervision import StopRequests, Watchdog
+from toolkit.training.wandb_mirror import WandbMirror
+
+logger = logging.getLogger(__name__)
+
+GARBAGE_EVERY = 100  # steps between collections of cyclic garbage
+SECONDS_BETWEEN_LINES = 10.0  # progress where there is no terminal
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepResult:
+    """What one optimizer step did, equal in every process."""
+
+    loss: float  # mean over the step's tokens, before the update [nats per token]
+    grad_norm: float  # global, before clipping
+    learning_rate: float
+    updated: bool  # False: the gradient was not finite and the weights stayed as they were
+    stop: bool  # some process was asked to stop
+    seconds: float  # from the start of the step to its one host synchronisation
+    first_sample: int  # the step trained on the global samples [first_sample, end_sample)
+    end_sample: int
+    digest: int  # sum of the windows' 64-bit hashes, modulo 2**64
+
+
+class Trainer:
+    """A training run with five verbs: `train_step`, `evaluate`, `save`, `resume` and `log`; `fit` is their sentence.
+
+    `model` and `optimizer` may be objects of your own: the model takes (input_ids, targets) and returns the mean loss,
+    the optimizer is any `torch.optim.Optimizer` over its parameters. A trainer holds the lock of its run folder from
+    the first moment: use it as a context manager, or call `close`.
+    """
+
+    def __init__(
+        self, config: TrainConfig, *, model: nn.Module | None = None, optimizer: torch.optim.Optimizer | None = None
+    ) -> None:
+        """Checks everything that can be checked before the first step costs anything.
+
+        Raises: UserError for settings, data, environment or a run folder that do not fit each other.
+        """
+        self.config = config
+        refuse_environment()
+        self.precision = resolve_precision(config.training.precision)
+        self.accelerator = _accelerator(self.precision, watchdog_minutes=config.training.watchdog_minutes)
+        self.device: torch.device = self.accelerator.device
+        self.processes = Processes(self.device)
+        self.is_main = self.processes.is_main
+        _configure_logging(is_main=self.is_main)
+        _configure_torch(self.device, deterministic=config.training.deterministic)
+        self.stop_requests = StopRequests()
+        self.watchdog = Watchdog(config.training.watchdog_minutes)
+        self.folder: RunFolder | None = None
+        self.run_log: RunLog | None = None
+        self.writer: checkpoint.CheckpointWriter | None = None
+        self.wandb: WandbMirror | None = None
+        self._progress: tqdm[Any] | None = None
+        self._trouble: UserError | None = None
+        self._ended: str | None = None
+        self._started = time.monotonic()
+        self._last_line = 0.0
+
+        self.step = 0
+        self.position = 0  # global samples consumed
+        self.skipped_steps = 0
+        self.skipped_in_a_row = 0
+        self.skipped_samples: list[list[int]] = []  # [first, end) of the samples skipped after a spike
+        self.evaluated_step = 0
+        self.evaluation_due = False  # an evaluation of this step was cut short by a stop request
+        self.best_loss: float | None = None
+        self.spikes = SpikeDetector(z_score=config.training.spike_z_score)
+
+        self.data = self._open_data()
+        self.tokenizer: Tokenizer = load_tokenizer(self.data.tokenizer_spec)
+        self.micro_batch_size = self._first_micro_batch_size()
+        self.grad_accum_steps = self._derive_accumulation()
+        self._open_folder()
+        self._build(model, optimizer)
+
+    # ------------------------------------------------------------------------------------------- the run in one screen
+
+    def fit(self) -> None:
+        """Trains until `max_steps`, a stop request or `max_hours`; resumes if the run folder holds a checkpoint."""
+        with self:
+            if self.finished:
+                return
+            self.resume()
+            stop = self.evaluation_due and self.evaluate() is None  # a stop request had cut it short
+            while self.step < self.config.training.max_steps and not stop:
+                result = self.train_step()
+                self.log(result)
+                if self.spiked(result) and self.config.training.on_spike == "rewind":
+                    self.rewind()
+                    continue
+                stop = result.stop
+                if self.due(self.config.training.eval_every) and not stop:
+                    stop = self.evaluate() is None
+                if self.due(self.config.training.sample_every, at_end=False) and not stop:
+                    self.sample()
+                if self.due(self.config.training.checkpoint_every) or stop:
+                    self.save(blocking=stop)
+            self.finish(stopped=stop)
+
+    # ------------------------------------------------------------------------------------------ the step in one screen
+
+    def train_step(self) -> StepResult:
+        """One optimizer step: G = tokens_per_step / T samples, one update (or none if the gradient is not finite).
+
+        Why one host synchronisation: the GPU runs ahead of Python until `_reduce` reads the step's few numbers.
+        """
+        started = time.monotonic()
+        multiplier = learning_rate_multiplier(self.step, self.config.schedule)
+        learning_rate = set_learning_rate(self.raw_optimizer, multiplier)
+        loss, digest = self._gradients()
+        grad_norm = self.accelerator.clip_grad_norm_(self.parameters, self.config.optimizer.max_grad_norm)
+        facts = self._reduce(loss, grad_norm, digest)
+        if facts.finite or self.accelerator.scaler is not None:  # a GradScaler skips by itself and lowers its scale
+            self.optimizer.step()
+        self.optimizer.zero_grad()
+        first = self.position
+        self.step += 1
+        self.position += self.samples_per_step
+        self.skipped_in_a_row = 0 if facts.finite else self.skipped_in_a_row + 1
+        self.skipped_steps += not facts.finite
+        self.watchdog.feed()
+        return StepResult(
+            loss=facts.loss,
+            grad_norm=facts.grad_norm,
+            learning_rate=learning_rate,
+            updated=facts.finite,
+            stop=facts.stop,
+            seconds=time.monotonic() - started,
+            first_sample=first,
+            end_sample=self.position,
+            digest=facts.digest,
+        )
+
+    def _gradients(self) -> tuple[Tensor, Tensor]:
+        """The step's gradients -> (mean loss (), digest () int64); one process out of memory tries a smaller micro-batch.
+
+        Raises: UserError if several processes train: the others are already in the middle of their reduction.
+        """
+        while True:
+            try:
+                return self._accumulate_gradients()
+            except torch.OutOfMemoryError:
+                self.optimizer.zero_grad()
+                if self.processes.count > 1:
+                    raise UserError(
+                        f"process {self.processes.index} ran out of memory in step {self.step + 1}; the last checkpoint is "
+                        f"intact: start again with --training.micro-batch-size {max(1, self.micro_batch_size // 2)}"
+                    ) from None
+            self._halve_micro_batch()
+            self._start_loader()  # the same samples again, from the step's first
+
+    def _accumulate_gradients(self) -> tuple[Tensor, Tensor]:
+        """Forward and backward over this process's micro-batches of the step -> (mean loss (), digest () int64)."""
+        self.model.train()
+        loss_sum = torch.zeros((), dtype=torch.float32, device=self.device)
+        digest = torch.zeros((), dtype=torch.int64, device=self.device)
+        for micro_step in range(self.grad_accum_steps):
+            batch = next(self.batches)
+            self._seed(micro_step)
+            last = micro_step == self.grad_accum_steps - 1
+            # Gradients are summed over processes in the last backward pass alone.
+            with nullcontext() if last else self.accelerator.no_sync(self.model):
+                loss = self.model(batch["input_ids"], batch["targets"])
+                failpoint("trainer.before-backward")
+                self.accelerator.backward(loss / self.grad_accum_steps)
+            loss_sum += loss.detach()
+            digest += batch["digest"].sum()
+        return loss_sum / self.grad_accum_steps, digest
+
+    def _reduce(self, loss: Tensor, grad_norm: Tensor, digest: Tensor) -> "_Facts":
+        """The step's one reduction over processes and its one host synchronisation."""
+        finite = torch.isfinite(loss) & torch.isfinite(grad_norm)
+        # A float64 holds whole numbers up to 2**53 only: the digest travels in four parts of 16 bits.
+        parts = [(digest >> shift) & 0xFFFF for shift in (0, 16, 32, 48)]
+        stop = torch.full((), float(self._wants_to_stop()), device=self.device)
+        values = torch.stack([v.to(_wide(self.device)) for v in (loss, grad_norm, ~finite, stop, *parts)])
+        sums = self.processes.sum(values).tolist()
+        return _Facts(
+            loss=sums[0] / self.processes.count,
+            grad_norm=sums[1] / self.processes.count,
+            finite=sums[2] == 0,
+            stop=sums[3] > 0,
+            digest=sum(int(part) << shift for part, shift in zip(sums[4:], (0, 16, 32, 48), strict=True)) % 2**64,
+        )
+
+    def _seed(self, micro_step: int) -> None:
+        """Seeds dropout from (seed, step, index of the micro-batch within the step over all processes).
+
+        Why: there is no state of a random generator to save, and other numbers of processes draw the same masks.
+        """
+        index = micro_step * self.processes.count + self.processes.index
+        torch.manual_seed(mixed_seed(self.config.training.seed, self.step, index))
+
+    # ---------------------------------------------------------------------------------------------- the other verbs
+
+    def due(self, every: int | None, *, at_end: bool = True) -> bool:
+        """True if something that happens `every` so many steps (and, by default, at the last step) is due now."""
+        if at_end and self.step == self.config.training.max_steps:
+            return True
+        return every is not None and self.step > 0 and self.step % every == 0
+
+    def evaluate(self) -> dict[str, float] | None:
+        """The validation metrics at this step, logged; None if a stop request cut the evaluation short.
+
+        The windows, their batches and the order of the sums do not depend on the number of processes, nor do the bits.
+        """
+        started = time.monotonic()
+        metrics: dict[str, float] = {}
+        losses: list[tuple[float, float, float]] = []
+        for data_set in self.data.sets:
+            batches = validation_loader(
+                data_set,
+                sequence_length=self.config.data.sequence_length,
+                max_tokens=self.config.evaluation.max_tokens,
+                micro_batch_size=self.config.evaluation.micro_batch_size,
+            )
+            result = evaluate(
+                self.raw_model,
+                batches,
+                self.tokenizer.token_bytes(),
+                device=self.device,
+                autocast=self.accelerator.autocast,
+                process_index=self.processes.index,
+                num_processes=self.processes.count,
+                reduce=self.processes.sum,
+                should_stop=self._anyone_wants_to_stop,
+            )
+            if result is None:
+                return None
+            losses.append((data_set.weight, result.loss, result.bits_per_byte))
+            if len(self.data.sets) > 1:
+                metrics[f"loss/val/{data_set.name}"] = result.loss
+                metrics[f"bits_per_byte/val/{data_set.name}"] = result.bits_per_byte
+        metrics["loss/val"] = math.fsum(weight * loss for weight, loss, _ in losses)
+        metrics["bits_per_byte/val"] = math.fsum(weight * bits for weight, _, bits in losses)
+        metrics["time/evaluation_seconds"] = time.monotonic() - started
+        self.evaluated_step = self.step
+        if self.best_loss is None or metrics["loss/val"] < self.best_loss:
+            self.best_loss = metrics["loss/val"]
+        self._append(metrics)
+        self._say(
+            f"step {self.step}: validation loss {metrics['loss/val']:.4f}, "
+            f"{metrics['bits_per_byte/val']:.4f} bits per byte ({metrics['time/evaluation_seconds']:.0f} s)"
+        )
+        self.watchdog.feed()
+        return metrics
+
+    def sample(self) -> None:
+        """Texts that the model writes now, into samples.jsonl and W&B; drawn by the main process alone."""
+        if not self.is_main or not isinstance(self.raw_model, GPT2):
+            return
+        settings = self.config.sampling
+        prompt_ids = [self.tokenizer.eot_id, *self.tokenizer.encode(settings.prompt)]
+        with self._noting_trouble(), self.accelerator.autocast():
+            texts = [
+                self.tokenizer.decode(ids)
+                for ids in generate(
+                    self.raw_model,
+                    prompt_ids,
+                    max_new_tokens=settings.max_new_tokens,
+                    temperature=settings.temperature,
+                    top_k=settings.top_k,
+                    seed=mixed_seed(self.config.training.seed, self.step, 0),
+                    num_samples=settings.num_samples,
+                    eot_id=self.tokenizer.eot_id,
+                )
+            ]
+            rows = [
+                {"step": self.step, "tokens": self.tokens, "sample": i, "prompt": settings.prompt, "text": text}
+                for i, text in enumerate(texts)
+            ]
+            assert self.run_log is not None
+            for row in rows:
+                self.run_log.append("samples", row)
+            if self.wandb is not None:
+                self.wandb.log_samples(self.step, rows)
+        if rows:
+            self._say(f"step {self.step}: sample: {rows[0]['text'][:200]!r}")
+        self.watchdog.feed()
+
+    def log(self, result: StepResult) -> None:
+        """Writes the step's row to metrics.jsonl, W&B and the progress bar, and its ledger row; stops on bad numbers.
+
+        Raises: UserError after too many steps in a row without a finite gradient, or when the loss scale collapsed.
+        """
+        row: dict[str, Any] = {"loss/train": result.loss, "learning_rate": result.learning_rate}
+        row["optimizer/grad_norm"] = result.grad_norm
+        row["optimizer/skipped_steps"] = self.skipped_steps
+        scale = None
+        if self.accelerator.scaler is not None:
+            scale = row["optimizer/loss_scale"] = self.accelerator.scaler.get_scale()
+        tokens_per_second = self.config.training.tokens_per_step / result.seconds
+        row["throughput/tokens_per_second"] = tokens_per_second
+        if self._peak_flops is not None:
+            achieved = tokens_per_second * flops_per_token(self.config.model, self.config.data.sequence_length)
+            row["throughput/mfu"] = achieved / (self._peak_flops * self.processes.count)
+        row["memory/peak_gib"] = _peak_memory_gib(self.device)
+        row["time/step_seconds"] = result.seconds
+        self._append(row)
+        if self.is_main and self.run_log is not None:
+            with self._noting_trouble():
+                self.run_log.append(
+                    "ledger",
+                    {
+                        "step": self.step,
+                        "first_sample": result.first_sample,
+                        "end_sample": result.end_sample,
+                        "digest": f"{result.digest:016x}",
+                    },
+                )
+        self._show_progress(result, tokens_per_second)
+        if not result.updated:
+            self._say(f"step {self.step}: loss {result.loss}, gradient norm {result.grad_norm}: update skipped")
+        limit = self.config.training.max_skipped_in_a_row
+        if self.skipped_in_a_row >= limit:
+            raise UserError(
+                f"{limit} steps in a row had no finite gradient (the last at step {self.step}); the last good checkpoint "
+                "is kept: start again from it with a lower --optimizer.learning-rate in a new run (--run.resume-from)"
+            )
+        if scale is not None and scale < self.config.training.min_loss_scale:
+            raise UserError(
+                f"the fp16 loss scale fell to {scale}, below training.min_loss_scale={self.config.training.min_loss_scale}; "
+                "the last good checkpoint is kept: use --training.precision bf16, or a lower learning rate"
+            )
+        self._collect_garbage()
+
+    def spiked(self, result: StepResult) -> bool:
+        """True, and said aloud, if the step's loss jumped out of the losses before it; call it once a step."""
+        if not self.spikes.is_spike(result.loss):
+            return False
+        self._say(
+            f"step {self.step}: loss {result.loss:.4f} is a spike: more than {self.spikes.z_score} deviations above its median"
+        )
+        return True
+
+    def save(self, *, blocking: bool = True) -> None:
+        """A checkpoint of this step; unless `blocking`, training waits for the copy in memory only.
+
+        Raises: UserError in every process if this or the previous checkpoint could not be written.
+        """
+        with self.processes.together():
+            if self.is_main:
+                assert self.writer is not None and self.run_log is not None and self.folder is not None
+                self.run_log.sync()  # the rows up to a checkpoint are as durable as the checkpoint
+                self.writer.raise_error()
+                self.writer.snapshot(
+                    self.step,
+                    model=canonical_tensors(self.raw_model),
+                    optimizer=optimizer_tensors(self.raw_optimizer, self.raw_model),
+                    state=self._state(),
+                    config_json=config_json(self.config.model, eot_id=self.tokenizer.eot_id),
+                    manifest={
+                        "tokens": self.tokens,
+                        "data_fingerprint": self.data.fingerprint,
+                        "layout": self.layout(),
+                    },
+                    extra=self.folder.copies() | self._tokenizer_file(),
+                )
+                self.writer.write(blocking=blocking)
+                self.folder.set_status("running", step=self.step)
+        self.watchdog.feed()
+
+    def resume(self) -> None:
+        """Brings the run to the newest valid checkpoint, or to step 0, and gets everything ready for `train_step`."""
+        self._load(self._start)
+        with self.processes.together():
+            if self.is_main:
+                assert self.folder is not None and self.run_log is not None
+                for line in self.run_log.truncate_after(self.step):
+                    self._say(line)
+                self.folder.set_status("running", step=self.step)
+        self._fit_memory()
+        self._start_loader()
+        self._report_start()
+        if self.is_main:
+            assert self.folder is not None
+            self.wandb = WandbMirror(self.config.wandb)
+            self.wandb.start(config=to_dict(self.config), run_id=self.folder.run_id, folder=self.folder.path)
+        self.stop_requests.listen()
+        self.watchdog.feed()
+        gc.collect()
+        gc.freeze()  # what exists now lives as long as the run: later collections need not look at it
+        gc.disable()  # collected every GARBAGE_EVERY steps by all processes together, not whenever one of them likes
+        self._started = time.monotonic()
+
+    def rewind(self) -> None:
+        """Goes back to the last checkpoint and goes on with the samples after those read since: they are skipped."""
+        with self.processes.together():
+            path = ""
+            if self.is_main:
+                assert self.writer is not None
+                self.writer.wait()
+                self.writer.raise_error()
+                path = str(checkpoint.resolve(self.writer.folder).path or "")
+        path = self.processes.share(path)
+        if not path:
+            self._say("no checkpoint to rewind to yet: training goes on")
+            return
+        spiked_step, end = self.step, self.position
+        self._load(Path(path))
+        skipped = [self.position, end]
+        self.position = end
+        self.skipped_samples.append(skipped)
+        with self.processes.together():
+            if self.is_main:
+                assert self.run_log is not None
+                self.run_log.truncate_after(self.step)
+                row = {"step": self.step, "skipped_first_sample": skipped[0], "skipped_end_sample": skipped[1]}
+                self.run_log.append("ledger", row)
+        self._start_loader()
+        self._say(
+            f"rewound from step {spiked_step} to step {self.step}; samples {skipped[0]} to {skipped[1] - 1} are skipped"
+        )
+
+    def finish(self, *, stopped: bool = False) -> None:
+        """Waits for the last checkpoint, writes the run's status and says how it ended."""
+        with self.processes.together():
+            if self._trouble is not None:
+                raise self._trouble
+            if self.is_main:
+                assert self.writer is not None and self.run_log is not None and self.folder is not None
+                self.writer.wait()
+                self.writer.raise_error()
+                self.run_log.sync()
+                reason = self._stop_reason() if stopped else ""
+                self.folder.set_status("preempted" if stopped else "finished", step=self.step, reason=reason)
+        self._ended = "preempted" if stopped else "finished"
+        if stopped:
+            self._say(f"stopped at step {self.step} ({self._stop_reason()}); the same command continues from there")
+        else:
+            self._say(f"finished at step {self.step}; weights: {self.config.run.dir}/checkpoints/step-{self.step:08d}")
+
+    def close(self, *, failure: str | None = None) -> None:
+        """Lets go of everything: logs, W&B, signal handlers, the run folder's lock, the process group."""
+        self.watchdog.stop()
+        self.stop_requests.stop_listening()
+        gc.enable()
+        gc.unfreeze()
+        if self._progress is not None:
+            self._progress.close()
+        if self.writer is not None:
+            self.writer.wait()
+        if self.wandb is not None:
+            self.wandb.finish("finished" if failure is None else "failed")
+        if self.run_log is not None:
+            self.run_log.close()
+        if self.folder is not None:
+            if failure is not None and self._ended is None:
+                self.folder.set_status("failed", step=self.step, reason=failure)
+            self.folder.close()
+        if failure is None:  # after a failure, peers may be gone and taking leave of them would wait for ever
+            self.accelerator.end_training()
+
+    def __enter__(self) -> "Trainer":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        self.close(failure=None if error is None else (str(error) or type(error).__name__).splitlines()[0])
+
+    # ------------------------------------------------------------------------------------------------ facts of the run
+
+    @property
+    def tokens(self) -> int:
+        """Tokens trained on so far."""
+        return self.step * self.config.training.tokens_per_step
+
+    @property
+    def samples_per_step(self) -> int:
+        """G, the samples (windows) of one step over all processes."""
+        return self.config.training.tokens_per_step // self.config.data.sequence_length
+
+    def layout(self) -> dict[str, Any]:
+        """What promises of equal bits depend on: processes, micro-batch, threads, precision, device."""
+        return {
+            "num_processes": self.processes.count,
+            "micro_batch_size": self.micro_batch_size,
+            "grad_accum_steps": self.grad_accum_steps,
+            "precision": self.precision,
+            "threads": torch.get_num_threads(),
+            "device": device_name(self.device),
+            "compiled": self.compiled,
+            "deterministic": self.config.training.deterministic,
+            "versions": library_versions(),
+        }
+
+    def _state(self) -> dict[str, Any]:
+        """Everything beside weights and moments that the next step depends on, as JSON values."""
+        scaler = self.accelerator.scaler
+        return {
+            "step": self.step,
+            "position": self.position,
+            "skipped_steps": self.skipped_steps,
+            "skipped_in_a_row": self.skipped_in_a_row,
+            "skipped_samples": self.skipped_samples,
+            "evaluated_step": self.evaluated_step,
+            "evaluation_due": self.due(self.config.training.eval_every) and self.evaluated_step != self.step,
+            "best_loss": self.best_loss,
+            "loss_history": list(self.spikes.history),
+            "scaler": scaler.state_dict() if scaler is not None else None,
+            "optimizer": optimizer_scalars(self.raw_optimizer),
+        }
+
+    # ----------------------------------------------------------------------------------------------------- preparations
+
+    def _open_data(self) -> Data:
+        """The data on this machine, the same on all (by fingerprint), and fitting the model.
+
+        Raises: UserError in every process if it is missing or different on one of them, or does not fit.
+        """
+        with self.processes.together():
+            data = open_data(
+                self.config.data.path, cache_dir=self.config.data.cache_dir, cache_gib=self.config.data.cache_gib
+            )
+            if data.vocab_size != self.config.model.vocab_size:
+                raise UserError(
+                    f"the data's tokenizer {data.tokenizer_info.name!r} has {data.vocab_size} ids but model.vocab_size="
+                    f"{self.config.model.vocab_size}; use --model.vocab-size {data.vocab_size}"
+                )
+        fingerprint = self.processes.share(data.fingerprint)
+        with self.processes.together():
+            if data.fingerprint != fingerprint:
+                raise UserError(
+                    f"the data in {', '.join(self.config.data.path)} has fingerprint {data.fingerprint[:12]} here and "
+                    f"{fingerprint[:12]} on the main process; copy the same prepared set to every machine"
+                )
+        return data
+
+    def _first_micro_batch_size(self) -> int:
+        size = self.config.training.micro_batch_size
+        if size != "auto":
+            return size
+        with self.processes.together():
+            fitting = largest_micro_batch(
+                self.config,
+                self.precision,
+                memory_bytes=_device_memory(self.device),
+                num_processes=self.processes.count,
+            )
+        return self.processes.smallest(fitting)
+
+    def _derive_accumulation(self) -> int:
+        return grad_accum_steps(self.config, micro_batch_size=self.micro_batch_size, num_processes=self.processes.count)
+
+    def _build(self, model: nn.Module | None, optimizer: torch.optim.Optimizer | None) -> None:
+        """Model and optimizer on their device, wrapped by Accelerate; weights from the seed or from `init_from`."""
+        config = self.config
+        if model is None:
+            model = GPT2(
+                config.model,
+                activation_checkpointing=config.training.activation_checkpointing,
+                loss_chunk_tokens=config.training.loss_chunk_tokens,
+                seed=config.training.seed,
+            )
+            if config.model.init_from is not None and self._start is None:
+                self._init_from(model, config.model.init_from)
+        self.raw_model: GPT2 = model.to(self.device)  # type: ignore[assignment]  # or one's own with the same verbs
+        self.raw_optimizer = optimizer or build_optimizer(model, config.optimizer, device_type=self.device.type)
+        self.model, self.optimizer = self.accelerator.prepare(self.raw_model, self.raw_optimizer)
+        self.parameters = [parameter for parameter in self.raw_model.parameters() if parameter.requires_grad]
+        self.compiled, line = should_compile(config.training.compile, self.device)
+        if line:
+            self._say(line)
+        if self.compiled:
+            # In place, so that names stay plain, and last, so that the autocast of `prepare` is compiled with it.
+            self.raw_model.compile()
+        self._peak_flops = peak_flops(device_name(self.device), self.precision)
+
+    def _init_from(self, model: GPT2, source: str) -> None:
+        tensors = None
+        with self.processes.together():
+            if self.is_main:
+                tensors = load_weights(source, self.config.model)
+        load_canonical(model, self.processes.share_tensors(tensors))
+
+    def _open_folder(self) -> None:
+        """The run folder, locked, by the main process; every process learns where to start from.
+
+        Raises: UserError in every process if another run holds the folder, the recipe differs, or all checkpoints are
+        damaged.
+        """
+        start, finished = "", False
+        with self.processes.together():
+            if self.is_main:
+                self.folder = RunFolder(Path(self.config.run.dir))
+                opened = self.folder.open(
+                    self.config, data_fingerprint=self.data.fingerprint, layout=self.layout(), argv=sys.argv
+                )
+                for line in opened.lines:
+                    self._say(line)
+                resolved = opened.resolved
+                self.run_log = RunLog(self.folder.path)
+                self.writer = checkpoint.CheckpointWriter(
+                    self.folder.path / "checkpoints", self.config.checkpoint, resolved=resolved
+                )
+                start = str(resolved.path or self._other_run(opened.is_new))
+        start = self.processes.share(start)
+        self._start = Path(start) if start else None
+
+    def _other_run(self, is_new: bool) -> str:
+        other = self.config.run.resume_from
+        return "" if other is None else str(checkpoint.find_checkpoint(Path(other)))
+
+    def _load(self, path: Path | None) -> None:
+        """Weights, moments and counters from a checkpoint, read by the main process and sent to the others."""
+        if path is None:
+            return
+        loaded: checkpoint.Loaded | None = None
+        with self.processes.together():
+            if self.is_main:
+                loaded = checkpoint.load(path)
+                self._check_loaded(loaded, path)
+        state = self.processes.share(loaded.state if loaded else None)
+        weights = self.processes.share_tensors(loaded.model if loaded else None)
+        moments = self.processes.share_tensors(loaded.optimizer if loaded else None)
+        with self.processes.together():
+            load_optimizer(self.raw_optimizer, self.raw_model, moments, state["optimizer"])
+            load_canonical(self.raw_model, weights)
+        self.step, self.position = state["step"], state["position"]
+        self.skipped_steps, self.skipped_in_a_row = state["skipped_steps"], state["skipped_in_a_row"]
+        self.skipped_samples = state["skipped_samples"]
+        self.evaluated_step, self.evaluation_due = state["evaluated_step"], state["evaluation_due"]
+        self.best_loss = state["best_loss"]
+        self.spikes = SpikeDetector(z_score=self.config.training.spike_z_score, history=state["loss_history"])
+        if self.accelerator.scaler is not None and state["scaler"]:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
+
+    def _check_loaded(self, loaded: checkpoint.Loaded, path: Path) -> None:
+        if loaded.manifest["data_fingerprint"] != self.data.fingerprint:
+            raise UserError(
+                f"{path} was trained on data with fingerprint {loaded.manifest['data_fingerprint'][:12]}, but "
+                f"{', '.join(self.config.data.path)} has {self.data.fingerprint[:12]}; point --data.path at the same set"
+            )
+
+    def _start_loader(self) -> None:
+        """Batches from the position on: Accelerate hands process r of N the micro-batches r, r + N, ..."""
+        loader = training_loader(
+            self.data,
+            sequence_length=self.config.data.sequence_length,
+            micro_batch_size=self.micro_batch_size,
+            seed=self.config.training.seed,
+            position=self.position,
+            shuffle_group_shards=self.config.data.shuffle_group_shards,
+            pin_memory=self.device.type == "cuda",
+        )
+        self.accelerator._dataloaders.clear()  # the one before a rewind or a smaller micro-batch
+        self.batches: Iterator[Mapping[str, Tensor]] = iter(self.accelerator.prepare_data_loader(loader))
+
+    def _fit_memory(self) -> None:
+        """Halves the micro-batch (and doubles the accumulation) until one forward and backward fits in every process.
+
+        Why without collectives: a process that runs out of memory would leave its peers waiting in one. A CPU is not
+        tried: its system kills a process that takes too much instead of telling it.
+        Raises: UserError if not even one window fits.
+        """
+        if self.device.type == "cpu" and not is_set("trainer.trial"):
+            return
+        while self.processes.smallest(int(self._trial())) == 0:
+            self._halve_micro_batch()
+
+    def _trial(self) -> bool:
+        """True if forward and backward of one micro-batch fit into memory; changes no weights and no moments."""
+        ids = torch.zeros(
+            self.micro_batch_size, self.config.data.sequence_length, dtype=torch.int64, device=self.device
+        )
+        try:
+            with self.accelerator.no_sync(self.model):
+                failpoint("trainer.trial")
+                self.accelerator.backward(self.model(ids, ids))
+        except torch.OutOfMemoryError:
+            return False
+        finally:
+            self.optimizer.zero_grad()
+        return True
+
+    def _halve_micro_batch(self) -> None:
+        smaller = [size for size in range(1, self.micro_batch_size // 2 + 1) if self._divides(size)]
+        if not smaller:
+            raise UserError(
+                f"out of memory with micro_batch_size {self.micro_batch_size}, and nothing smaller divides the step; use "
+                "--training.activation-checkpointing block, a shorter --data.sequence-length or a smaller model"
+            )
+        self.micro_batch_size = smaller[-1]
+        self.grad_accum_steps = self._derive_accumulation()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        self._say(
+            f"out of memory: going on with micro_batch_size {self.micro_batch_size} and {self.grad_accum_steps} "
+            "accumulation steps; tokens per step, and so the recipe, stay the same"
+        )
+
+    def _divides(self, micro_batch_size: int) -> bool:
+        return self.samples_per_step % (micro_batch_size * self.processes.count) == 0
+
+    def _report_start(self) -> None:
+        config, count = self.config, self.processes.count
+        self._say(
+            f"{config.run.dir}: {num_parameters(config.model):,} parameters, {count} process{'es' * (count > 1)} on "
+            f"{device_name(self.device)}, {self.precision}, {torch.get_num_threads()} threads each"
+            + (", compiled" if self.compiled else "")
+        )
+        self._say(
+            f"{config.training.tokens_per_step:,} tokens a step = {self.micro_batch_size} windows x "
+            f"{config.data.sequence_length} tokens x {count} processes x {self.grad_accum_steps} accumulation steps"
+        )
+        epochs = config.training.max_steps * self.samples_per_step / self.data.windows(config.data.sequence_length)
+        begin = f"from step {self.step}" if self.step else "from the start"
+        self._say(f"{begin} to step {config.training.max_steps:,}, which is {epochs:.2f} epochs of the training data")
+
+    # ------------------------------------------------------------------------------------------------ small necessities
+
+    def _append(self, metrics: Mapping[str, Any]) -> None:
+        """A row of metrics with its step and tokens, into metrics.jsonl (the truth) and W&B (the mirror)."""
+        if self.run_log is None:
+            return
+        row = {"step": self.step, "tokens": self.tokens, **metrics}
+        with self._noting_trouble():
+            self.run_log.append("metrics", row)
+        if self.wandb is not None:
+            self.wandb.log(row)
+
+    @contextmanager
+    def _noting_trouble(self) -> Iterator[None]:
+        """Keeps an error that only the main process meets until the next step, where all processes stop for it."""
+        try:
+            yield
+        except UserError as error:
+            self._trouble = self._trouble or error
+
+    def _wants_to_stop(self) -> bool:
+        """True if this process was asked to stop, has used up its time, or met an error that must end the run."""
+        if self._trouble is None and self.writer is not None and self.writer.error is not None:
+            with self._noting_trouble():
+                self.writer.raise_error()
+        return self._trouble is not None or self.stop_requests.asked() or self._time_is_up()
+
+    def _anyone_wants_to_stop(self) -> bool:
+        """The same over all processes; also tells the watchdog that this process is alive."""
+        self.watchdog.feed()
+        flag = torch.full((), float(self._wants_to_stop()), device=self.device)
+        return bool(self.processes.sum(flag).item() > 0)
+
+    def _time_is_up(self) -> bool:
+        hours = self.config.training.max_hours
+        return hours is not None and time.monotonic() - self._started > hours * 3600
+
+    def _stop_reason(self) -> str:
+        if self._time_is_up():
+            return f"training.max_hours={self.config.training.max_hours} is over"
+        return self.stop_requests.reason or "another process was asked to stop"
+
+    def _say(self, line: str) -> None:
+        """One line for the user, above the progress bar."""
+        if self.is_main:
+            logger.info(line)
+
+    def _show_progress(self, result: StepResult, tokens_per_second: float) -> None:
+        """A progress bar on a terminal; elsewhere a line at most every ten seconds."""
+        if not self.is_main:
+            return
+        if sys.stderr.isatty():
+            if self._progress is None:
+                self._progress = tqdm(
+                    total=self.config.training.max_steps, initial=self.step - 1, unit="step", dynamic_ncols=True
+                )
+            self._progress.set_postfix_str(f"loss {result.loss:.4f}, {tokens_per_second:,.0f} tokens/s", refresh=False)
+            self._progress.update(self.step - self._progress.n)
+            return
+        now = time.monotonic()
+        if now - self._last_line >= SECONDS_BETWEEN_LINES or self.step == self.config.training.max_steps:
+            self._last_line = now
+            left = (self.config.training.max_steps - self.step) * result.seconds
+            self._say(
+                f"step {self.step}/{self.config.training.max_steps}: loss {result.loss:.4f}, "
+                f"{tokens_per_second:,.0f} tokens/s, {_duration(left)} left"
+            )
+
+    def _tokenizer_file(self) -> dict[str, bytes]:
+        """A tokenizer of the user's own travels with each checkpoint; the built-in ones are known by name."""
+        path = self.tokenizer.path
+        return {"tokenizer.json": path.read_bytes()} if path is not None else {}
+
+    def _collect_garbage(self) -> None:
+        if self.step % GARBAGE_EVERY == 0:
+            gc.collect()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Facts:
+    """What the processes agreed on in the step's reduction."""
+
+    loss: float
+    grad_norm: float
+    finite: bool
+    stop: bool
+    digest: int
+
+
+def mixed_seed(seed: int, step: int, index: int) -> int:
+    """A 63-bit seed in which neighbouring steps and micro-batches have nothing in common.
+
+    Source: the finaliser of SplitMix64 (Steele, Lea and Flood 2014), applied to each number in turn.
+    """
+    value = 0
+    for number in (seed, step, index):
+        value = (value + number + 0x9E3779B97F4A7C15) % 2**64
+        value = (value ^ (value >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
+        value = (value ^ (value >> 27)) * 0x94D049BB133111EB % 2**64
+        value ^= value >> 31
+    return value >> 1
+
+
+def _accelerator(precision: Precision, *, watchdog_minutes: float) -> Accelerator:
+    """Accelerate, told everything explicitly, and checked to have listened.
+
+    Why `cpu=`: without it two launched CPU processes each believe that they are alone. Why the buckets: gradients are
+    views into DDP's communication buffers, so that they exist once. No static graph: it fails under `no_sync`.
+    """
+    mixed_precision = "no" if precision == "fp32" else precision
+    accelerator = Accelerator(
+        cpu=not torch.accelerator.is_available(),
+        mixed_precision=mixed_precision,
+        gradient_accumulation_steps=1,
+        dataloader_config=DataLoaderConfiguration(even_batches=False, non_blocking=True),
+        kwargs_handlers=[
+            # The watchdogs end a stuck job first and name the line; this is what ends it if they cannot.
+            InitProcessGroupKwargs(timeout=timedelta(minutes=2 * watchdog_minutes)),
+            DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False),
+        ],
+    )
+    if accelerator.mixed_precision != mixed_precision or accelerator.gradient_accumulation_steps != 1:
+        raise UserError(
+            f"Accelerate uses mixed precision {accelerator.mixed_precision} and {accelerator.gradient_accumulation_steps} "
+            f"accumulation steps instead of {mixed_precision} and 1; an Accelerator made earlier in this process, or an "
+            "environment variable ACCELERATE_*, set them"
+        )
+    return accelerator
+
+
+def _configure_torch(device: torch.device, *, deterministic: bool) -> None:
+    if device.type == "cuda":
+        # fp32 products on tensor cores, with 10 bits of mantissa: what "fp32" training means on Ampere and later.
+        torch.backends.cuda.matmul.allow_tf32 = True
+        torch.backends.cudnn.allow_tf32 = True
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts; deterministic needs it
+        torch.use_deterministic_algorithms(True)
+
+
+def _configure_logging(*, is_main: bool) -> None:
+    """The toolkit's messages to stderr, above a progress bar if there is one; other processes keep silent."""
+    root = logging.getLogger("toolkit")
+    if not any(isinstance(handler, _AboveProgress) for handler in root.handlers):
+        handler = _AboveProgress()
+        handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", datefmt="%H:%M:%S"))
+        root.addHandler(handler)
+        root.propagate = False
+    root.setLevel(logging.INFO if is_main else logging.ERROR)
+
+
+class _AboveProgress(logging.Handler):
+    """Writes each message on a line of its own, without tearing tqdm's bar."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            tqdm.write(self.format(record), file=sys.stderr)
+        except (OSError, ValueError):
+            self.handleError(record)
+
+
+def _wide(device: torch.device) -> torch.dtype:
+    """The floating-point type in which numbers of a step are summed: Apple's GPUs have no float64."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+def _peak_memory_gib(device: torch.device) -> float:
+    """Most memory used so far [GiB of 2**30 bytes]: tensors on CUDA, the whole process elsewhere."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 2**30 if sys.platform == "darwin" else peak / 2**20  # macOS counts bytes, Linux KiB
+
+
+def _duration(seconds: float) -> str:
+    """The two largest units of a duration: 3 d 4 h, 5 h 6 min, 7 min 8 s, 9 s."""
+    units = [("d", 86400), ("h", 3600), ("min", 60), ("s", 1)]
+    whole = round(seconds)
+    for (name, size), (small, smaller) in zip(units, units[1:], strict=False):
+        if whole >= size:
+            return f"{whole // size} {name} {whole % size // smaller} {small}"
+    return f"{whole} s"
