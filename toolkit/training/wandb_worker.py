@@ -40,6 +40,7 @@ def main() -> None:
     # A signal to the whole job is for training to answer; its end of the pipe tells us when it has.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
+    os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # wandb's own telemetry
     commands, reports = _private_pipes()
     first = commands.readline()
     if first:
@@ -95,7 +96,7 @@ class Worker:
 
         start = self._start
         mode: Literal["online", "offline"] = start["mode"]
-        if mode == "online" and (problem := _unreachable(wandb.Settings().base_url)):
+        if mode == "online" and (problem := _unreachable(wandb.setup().settings.base_url)):
             self._report(warning=f"{problem}; recording offline")
             mode = "offline"
         try:
