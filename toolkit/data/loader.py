@@ -23,17 +23,9 @@ import torch
 import xxhash
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from toolkit.data.manifest import TOKENIZER_FILE, Manifest, Split, TokenizerInfo, read_manifest
 from toolkit.data.order import Int64, SampleOrder, quotas
-from toolkit.data.shards import (
-    TOKENIZER_FILE,
-    Ids,
-    Manifest,
-    Shard,
-    Split,
-    TokenizerInfo,
-    open_shards,
-    read_manifest,
-)
+from toolkit.data.shards import Ids, Shard, open_shards
 from toolkit.errors import UserError
 
 __all__ = ["Data", "DataSet", "SampleOrder", "open_data", "sample_windows", "training_loader", "validation_loader"]

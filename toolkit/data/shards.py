@@ -11,34 +11,72 @@ and size fit the manifest; every id that is read is below the vocabulary size. D
 Source of the layout: karpathy/llm.c, dev/data/data_common.py.
 """
 
-import errno
 import functools
 import hashlib
-import json
+import logging
 import os
 import re
-import stat
 import threading
-from collections import Counter, OrderedDict
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
+from toolkit.data.manifest import (
+    MANIFEST_FILE,
+    MAX_SHARD_TOKENS,
+    SCHEMA_VERSION,
+    SPLITS,
+    TOKENIZER_FILE,
+    Manifest,
+    ShardInfo,
+    Split,
+    TokenizerInfo,
+    open_regular,
+    read_manifest,
+    sync_folder,
+    token_dtype,
+    write_durably,
+    write_manifest,
+)
 from toolkit.errors import UserError
 from toolkit.failpoint import failpoint
 
-Split = Literal["train", "val"]
-Ids = npt.NDArray[Any]  # uint16 or uint32 token ids
+if TYPE_CHECKING:
+    from toolkit.data.tokenizer import Tokenizer
 
-SPLITS: tuple[Split, ...] = ("train", "val")
-MANIFEST_FILE = "manifest.json"
-TOKENIZER_FILE = "tokenizer.json"  # vocabulary of a tokenizer of one's own, beside the shards
-SCHEMA_VERSION = 1
+__all__ = [  # the records are defined in `manifest`; who deals with shards needs both
+    "MANIFEST_FILE",
+    "MAX_SHARD_TOKENS",
+    "SCHEMA_VERSION",
+    "SPLITS",
+    "TOKENIZER_FILE",
+    "Manifest",
+    "OpenFiles",
+    "Shard",
+    "ShardInfo",
+    "ShardWriter",
+    "Split",
+    "TokenizerInfo",
+    "adopt",
+    "open_shards",
+    "read_manifest",
+    "shard_file_name",
+    "sync_folder",
+    "token_dtype",
+    "verify_data",
+    "write_durably",
+    "write_manifest",
+]
+
+logger = logging.getLogger(__name__)
+
+Ids = npt.NDArray[Any]  # uint16 or uint32 token ids
 
 HEADER_INTS = 256
 HEADER_BYTES = 4 * HEADER_INTS
@@ -46,19 +84,10 @@ MAGIC_VERSION: dict[np.dtype[Any], tuple[int, int]] = {
     np.dtype("<u2"): (20240520, 1),
     np.dtype("<u4"): (20240801, 7),
 }
-MAX_SHARD_TOKENS = 2**31 - 1  # the header counts in int32
-MAX_MANIFEST_BYTES = 16 * 2**20  # about 50,000 shards; a larger file is not a manifest
 MAX_OPEN_FILES = 64  # shards kept open per process, well below the usual limit of 1,024 files
 CHUNK_TOKENS = 2**22  # ids held at one time when a whole shard is scanned
 
-_SAFE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,199}")
-_SHA256 = re.compile(r"[0-9a-f]{64}")
-_NUMBERED = re.compile(r"(?P<prefix>.*?)(?P<number>\d+)\.bin")
-
-
-def token_dtype(vocab_size: int) -> np.dtype[Any]:
-    """uint16 where every id fits, else uint32, both little-endian."""
-    return np.dtype("<u2") if vocab_size <= 2**16 else np.dtype("<u4")
+_NUMBERED = re.compile(r"(.*?)(\d+)\.bin")
 
 
 def shard_file_name(split: Split, index: int) -> str:
@@ -76,291 +105,6 @@ def shard_header(tokens: int, dtype: np.dtype[Any]) -> bytes:
 def shard_bytes(tokens: int, dtype: np.dtype[Any]) -> int:
     """Size of a shard file of this many ids."""
     return HEADER_BYTES + tokens * dtype.itemsize
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class TokenizerInfo:
-    """Which tokenizer made the ids; two sets may be mixed only if these are equal."""
-
-    name: str
-    vocab_size: int
-    eot_id: int
-    sha256: str
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ShardInfo:
-    """What the manifest says of one shard; a document counts where it starts, `sha256` is that of the whole file."""
-
-    file: str
-    tokens: int
-    documents: int
-    utf8_bytes: int
-    sha256: str
-    largest_id: int
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Manifest:
-    """A data set as one small immutable record, the same on every machine.
-
-    `source` says where the text came from as plain JSON values; `prepare` keeps there `counts` (documents and bytes
-    read, skipped, empty, ...) and `split_rule`. Times, absolute paths and worker counts have no place in it.
-
-    Raises: UserError if a value breaks a rule; the message names all that do.
-    """
-
-    schema_version: int
-    source: Mapping[str, Any]
-    tokenizer: TokenizerInfo
-    splits: Mapping[Split, tuple[ShardInfo, ...]]
-
-    def __post_init__(self) -> None:
-        problems = _manifest_problems(self)
-        if problems:
-            raise UserError("; ".join(problems))
-
-    @property
-    def dtype(self) -> np.dtype[Any]:
-        """The type of the ids in every shard of the set."""
-        return token_dtype(self.tokenizer.vocab_size)
-
-    @property
-    def fingerprint(self) -> str:
-        """sha256 of the canonical text, which is also that of the file `manifest.json`."""
-        return hashlib.sha256(self.to_json().encode()).hexdigest()
-
-    def totals(self, split: Split) -> dict[str, int]:
-        """Tokens, documents and UTF-8 bytes of a split."""
-        shards = self.splits[split]
-        return {
-            "tokens": sum(shard.tokens for shard in shards),
-            "documents": sum(shard.documents for shard in shards),
-            "utf8_bytes": sum(shard.utf8_bytes for shard in shards),
-        }
-
-    def to_json(self) -> str:
-        """The canonical text: sorted keys, one space of indent, ASCII, a newline at the end."""
-        values = {
-            "schema_version": self.schema_version,
-            "source": self.source,
-            "tokenizer": asdict(self.tokenizer),
-            "splits": {
-                split: self.totals(split) | {"shards": [asdict(shard) for shard in self.splits[split]]}
-                for split in SPLITS
-            },
-        }
-        return json.dumps(values, sort_keys=True, indent=1, allow_nan=False) + "\n"
-
-    @classmethod
-    def from_json(cls, text: str, *, where: str) -> "Manifest":
-        """The manifest that this text describes.
-
-        Raises: UserError if it is not one of ours to the letter: another schema, unknown or missing keys, values out of
-        bounds, unsafe file names, totals that do not fit.
-        """
-        try:
-            return _parse_manifest(text)
-        except UserError as error:
-            raise UserError(f"{where}: {error}") from None
-
-
-def _manifest_problems(manifest: Manifest) -> list[str]:
-    tokenizer, shards = manifest.tokenizer, [shard for split in manifest.splits.values() for shard in split]
-    problems = []
-    if manifest.schema_version != SCHEMA_VERSION:
-        problems.append(
-            f"schema_version={manifest.schema_version} is not the {SCHEMA_VERSION} that this version of the toolkit reads"
-        )
-    if not 1 <= tokenizer.vocab_size <= 2**31 - 1:
-        problems.append(f"tokenizer vocab_size={tokenizer.vocab_size} must be from 1 to {2**31 - 1}")
-    if not 0 <= tokenizer.eot_id < tokenizer.vocab_size:
-        problems.append(f"tokenizer eot_id={tokenizer.eot_id} must be below vocab_size={tokenizer.vocab_size}")
-    if not _SAFE_NAME.fullmatch(tokenizer.name):
-        problems.append(f"tokenizer name {tokenizer.name!r} may hold only letters, digits, '.', '_' and '-'")
-    if not _SHA256.fullmatch(tokenizer.sha256):
-        problems.append(f"tokenizer sha256 {tokenizer.sha256!r} is not 64 hexadecimal digits")
-    if set(manifest.splits) != set(SPLITS):
-        problems.append(f"splits {sorted(manifest.splits)} must be {sorted(SPLITS)}")
-    names = Counter(shard.file for shard in shards)
-    problems += [f"shard {name!r} is listed more than once" for name, count in names.items() if count > 1]
-    for shard in shards:
-        problems += [f"shard {shard.file!r}: {problem}" for problem in _shard_info_problems(shard, tokenizer)]
-    return problems
-
-
-def _shard_info_problems(shard: ShardInfo, tokenizer: TokenizerInfo) -> list[str]:
-    problems = []
-    if not _SAFE_NAME.fullmatch(shard.file) or not shard.file.endswith(".bin"):
-        problems.append("a shard name may hold only letters, digits, '.', '_' and '-', and ends in .bin")
-    if not 1 <= shard.tokens <= MAX_SHARD_TOKENS:
-        problems.append(f"tokens={shard.tokens} must be from 1 to {MAX_SHARD_TOKENS}")
-    if not 0 <= shard.documents <= shard.tokens:
-        problems.append(f"documents={shard.documents} must be from 0 to tokens={shard.tokens}")
-    if not 0 <= shard.utf8_bytes < 2**63:
-        problems.append(f"utf8_bytes={shard.utf8_bytes} must be from 0 to {2**63 - 1}")
-    if not _SHA256.fullmatch(shard.sha256):
-        problems.append(f"sha256 {shard.sha256!r} is not 64 hexadecimal digits")
-    if not 0 <= shard.largest_id < tokenizer.vocab_size:
-        problems.append(
-            f"largest_id={shard.largest_id} must be below the tokenizer's vocab_size={tokenizer.vocab_size}"
-        )
-    return problems
-
-
-def _parse_manifest(text: str) -> Manifest:
-    try:
-        values = json.loads(text, object_pairs_hook=_unique_keys, parse_constant=_no_constant)
-    except UserError:
-        raise
-    except RecursionError:
-        raise UserError("is nested too deeply for a manifest") from None
-    except ValueError as error:
-        raise UserError(f"is not valid JSON ({error})") from None
-    version = values.get("schema_version") if isinstance(values, dict) else None
-    if version != SCHEMA_VERSION or isinstance(version, bool):
-        raise UserError(
-            f"schema_version={version!r} is not the {SCHEMA_VERSION} that this version of the toolkit reads"
-        )
-    fields = _fields(values, "manifest", {"schema_version": int, "source": dict, "tokenizer": dict, "splits": dict})
-    splits = _fields(fields["splits"], "splits", dict.fromkeys(SPLITS, dict))
-    shards: dict[Split, tuple[ShardInfo, ...]] = {}
-    for split in SPLITS:
-        totals = {"tokens": int, "documents": int, "utf8_bytes": int}
-        entries = _fields(splits[split], f"splits.{split}", totals | {"shards": list})["shards"]
-        shards[split] = tuple(
-            ShardInfo(**_fields(entry, f"splits.{split}.shards[{index}]", ShardInfo.__annotations__))
-            for index, entry in enumerate(entries)
-        )
-    manifest = Manifest(
-        schema_version=SCHEMA_VERSION,
-        source=fields["source"],
-        tokenizer=TokenizerInfo(**_fields(fields["tokenizer"], "tokenizer", TokenizerInfo.__annotations__)),
-        splits=shards,
-    )
-    for split in SPLITS:
-        for name, total in manifest.totals(split).items():
-            if splits[split][name] != total:
-                raise UserError(f"splits.{split}.{name}={splits[split][name]} is not the sum over its shards, {total}")
-    return manifest
-
-
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    values = dict(pairs)
-    if len(values) != len(pairs):
-        raise UserError("holds a key twice in one object")
-    return values
-
-
-def _no_constant(name: str) -> Any:
-    raise UserError(f"holds {name}, which is not JSON")
-
-
-def _fields(values: Any, where: str, types: Mapping[str, type]) -> dict[str, Any]:
-    """`values` if it is an object with exactly these keys and types."""
-    if not isinstance(values, dict):
-        raise UserError(f"{where} is not an object")
-    unknown, missing = sorted(set(values) - set(types)), sorted(set(types) - set(values))
-    if unknown or missing:
-        raise UserError(f"{where}: unknown keys {unknown}, missing keys {missing}; was it made by another version?")
-    for name, kind in types.items():
-        if type(values[name]) is not kind:  # `True` is no count
-            raise UserError(f"{where}.{name}={str(values[name])[:80]!r} is not of type {kind.__name__}")
-    return values
-
-
-def write_durably(path: Path, data: bytes) -> None:
-    """Replaces a file by these bytes, completely or not at all, on disk when this returns."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    failpoint("shards.before-rename")
-    temporary.replace(path)
-    sync_folder(path.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    """Makes renames in a folder durable (nothing to do where folders cannot be opened, as on Windows)."""
-    if os.name == "nt":
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Writes `manifest.json`, the mark that the data set is complete."""
-    write_durably(Path(folder) / MANIFEST_FILE, manifest.to_json().encode())
-
-
-def read_manifest(folder: Path) -> Manifest:
-    """The manifest of a data folder, checked strictly; the shards themselves are not touched.
-
-    Raises: UserError if the folder or the manifest is missing (naming the command that makes it) or not as it should be.
-    """
-    folder = Path(folder)
-    path = folder / MANIFEST_FILE
-    if not folder.exists():
-        raise UserError(f"{folder} does not exist; {_how_to_make(folder)}")
-    if not folder.is_dir():
-        raise UserError(f"{folder} is not a folder; give the folder that holds {MANIFEST_FILE}")
-    try:
-        with open_regular(path) as file:
-            data = file.read(MAX_MANIFEST_BYTES + 1)
-    except FileNotFoundError:
-        raise UserError(_no_manifest(folder)) from None
-    return decode_manifest(data, where=str(path))
-
-
-def decode_manifest(data: bytes, *, where: str) -> Manifest:
-    """The manifest in the bytes of a file, bounded in size."""
-    if len(data) > MAX_MANIFEST_BYTES:
-        raise UserError(f"{where} is larger than {MAX_MANIFEST_BYTES} bytes, more than any manifest of ours")
-    try:
-        text = data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{where} is not UTF-8 ({error.reason} at byte {error.start})") from None
-    return Manifest.from_json(text, where=where)
-
-
-def _how_to_make(folder: Path) -> str:
-    if folder.name == "fineweb-edu-10b":
-        return f"make it with `make prepare-data`, or another set with `toolkit prepare PATH... --out {folder}`"
-    return f"make it with `toolkit prepare PATH... --out {folder}`"
-
-
-def _no_manifest(folder: Path) -> str:
-    if any(folder.glob("*.bin")):
-        return (
-            f"{folder} holds shards but no {MANIFEST_FILE}; run the same `toolkit prepare ... --out {folder}` again to "
-            f"finish it, or, for llm.c shards, `toolkit adopt {folder}`"
-        )
-    what = "is empty" if not any(folder.iterdir()) else f"has no {MANIFEST_FILE}"
-    return f"{folder} {what}; {_how_to_make(folder)}, or, for llm.c shards, `toolkit adopt {folder}`"
-
-
-def open_regular(path: Path) -> Any:
-    """A regular file opened for reading in binary; never through a symbolic link.
-
-    Raises: UserError for a link, a folder or a device; FileNotFoundError if there is nothing.
-    """
-    flags = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
-    if path.is_symlink():
-        raise UserError(f"{path} is a symbolic link, which could lead anywhere; put the file itself there")
-    try:
-        descriptor = os.open(path, flags)
-    except OSError as error:
-        if error.errno in (errno.ELOOP, errno.EISDIR):
-            raise UserError(f"{path} is not a regular file") from None
-        raise
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        os.close(descriptor)
-        raise UserError(f"{path} is not a regular file")
-    return os.fdopen(descriptor, "rb", buffering=0)
 
 
 class ShardWriter:
@@ -594,3 +338,181 @@ def header_problem(header: bytes, tokens: int, dtype: np.dtype[Any], *, where: s
             f"version {version} ({dtype.name} ids), {tokens} tokens"
         )
     return f"{where}: the header holds something after its three numbers, where zeros belong"
+
+
+def verify_data(folder: Path) -> Iterator[str]:
+    """Reads every byte of a data set and compares it with the manifest; yields a line per shard and problem.
+
+    Raises: UserError at the end, naming every problem: kind, size, header, sha256, ids outside the vocabulary, counts that
+    differ, holes in the numbering, shards that the manifest does not know.
+    """
+    folder = Path(folder)
+    manifest = read_manifest(folder)
+    problems = list(_folder_problems(folder, manifest))
+    for split in SPLITS:
+        totals = manifest.totals(split)
+        yield f"{split}: {len(manifest.splits[split])} shards, {totals['tokens']} tokens, {totals['documents']} documents"
+        for info in manifest.splits[split]:
+            found = list(_shard_content_problems(folder / info.file, info, manifest))
+            problems += found
+            yield f"{info.file}: {info.tokens} tokens, {'; '.join(found) or 'ok'}"
+    if problems:
+        raise UserError(f"{folder} has {len(problems)} problem{'s' * (len(problems) > 1)}: {'; '.join(problems)}")
+    yield f"fingerprint {manifest.fingerprint}"
+
+
+def _folder_problems(folder: Path, manifest: Manifest) -> Iterator[str]:
+    for split in SPLITS:
+        yield from numbering_problems([info.file for info in manifest.splits[split]])
+    known = {info.file for split in SPLITS for info in manifest.splits[split]}
+    for path in sorted(folder.glob("*.bin")):
+        if path.name not in known:
+            yield f"{path} is not in {MANIFEST_FILE}; move it away or make the set again"
+    tokenizer_file = folder / TOKENIZER_FILE
+    try:
+        with open_regular(tokenizer_file) as file:
+            if hashlib.file_digest(file, "sha256").hexdigest() != manifest.tokenizer.sha256:
+                yield f"{tokenizer_file} is not the tokenizer of the shards: its sha256 differs from {MANIFEST_FILE}"
+    except FileNotFoundError:
+        pass  # the tokenizers that come with the toolkit have no file here
+    except UserError as error:
+        yield str(error)
+
+
+def numbering_problems(names: Iterable[str]) -> Iterator[str]:
+    """A line for each hole or jump in the numbers of the names that share a prefix, in the order given."""
+    last: dict[str, int] = {}
+    for name in names:
+        match = _NUMBERED.fullmatch(name)
+        if not match:
+            continue
+        prefix, number = match[1], int(match[2])
+        expected = last.get(prefix, number - 1) + 1
+        if number != expected:
+            width = len(match[2])
+            yield f"{name} follows {prefix}{last[prefix]:0{width}d}.bin: {prefix}{expected:0{width}d}.bin is missing"
+        last[prefix] = number
+
+
+def _shard_content_problems(path: Path, info: ShardInfo, manifest: Manifest) -> Iterator[str]:
+    problem = shard_problem(path, info, manifest.dtype)
+    if problem:
+        yield problem
+        return
+    try:
+        found = _scan(path, tokenizer=manifest.tokenizer)
+    except (UserError, OSError) as error:
+        yield str(error)
+        return
+    if found.sha256 != info.sha256:
+        yield f"{path} was changed: its sha256 is {found.sha256}, not {info.sha256}"
+    if found.largest_id != info.largest_id:
+        yield f"{path} holds ids up to {found.largest_id}, not {info.largest_id}"
+    if found.documents != info.documents:
+        yield f"{path} holds {found.documents} document starts, not {info.documents}"
+
+
+def _scan(path: Path, *, tokenizer: TokenizerInfo, token_bytes: npt.NDArray[np.int64] | None = None) -> ShardInfo:
+    """What a shard file really holds, read once in chunks; UTF-8 bytes only with `token_bytes` (V,), else 0.
+
+    Raises: UserError if it is no shard for this vocabulary size, or holds an id outside it.
+    """
+    dtype = token_dtype(tokenizer.vocab_size)
+    digest = hashlib.sha256()
+    largest = documents = utf8_bytes = done = 0
+    with open_regular(path) as file:
+        header = file.read(HEADER_BYTES)
+        tokens = int(np.frombuffer(header[8:12].ljust(4, b"\0"), dtype="<i4")[0])
+        problem = header_problem(header, tokens, dtype, where=str(path))
+        size, expected = os.fstat(file.fileno()).st_size, shard_bytes(tokens, dtype)
+        if problem is None and not 1 <= tokens <= MAX_SHARD_TOKENS:
+            problem = f"{path}: the header counts {tokens} tokens, which must be from 1 to {MAX_SHARD_TOKENS}"
+        if problem is None and size != expected:
+            problem = f"{path} has {size} bytes, but the {tokens} tokens in its header make {expected}"
+        if problem:
+            raise UserError(problem)
+        digest.update(header)
+        buffer: Ids = np.empty(min(tokens, CHUNK_TOKENS), dtype=dtype)
+        shard = Shard(
+            info=ShardInfo(file=path.name, tokens=tokens, documents=0, utf8_bytes=0, sha256="", largest_id=0),
+            where=str(path),
+            dtype=dtype,
+            vocab_size=tokenizer.vocab_size,
+            source=functools.partial(read_at, file),
+        )
+        while done < tokens:
+            ids = buffer[: min(CHUNK_TOKENS, tokens - done)]
+            shard.read_into(ids, done)
+            digest.update(ids.data)
+            shard.check(ids, done)
+            largest = max(largest, int(ids.max()))
+            documents += int(np.count_nonzero(ids == tokenizer.eot_id))
+            if token_bytes is not None:
+                utf8_bytes += int(np.bincount(ids, minlength=tokenizer.vocab_size) @ token_bytes)
+            done += len(ids)
+    return replace(
+        shard.info, documents=documents, utf8_bytes=utf8_bytes, sha256=digest.hexdigest(), largest_id=largest
+    )
+
+
+def adopt(folder: Path, tokenizer: "Tokenizer") -> Manifest:
+    """Writes the manifest for a folder of llm.c shards that others made, and returns it.
+
+    Every shard is read once: header, size and id bounds are checked; documents are counted by end-of-text ids and UTF-8
+    bytes through the tokenizer. A name with "train" in it is of the training split, one with "val" of the validation split;
+    the shards keep their names. A folder that already has the same manifest is left as it is.
+
+    Raises: UserError naming every shard that is damaged, of another vocabulary, missing in the numbering or of no split.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise UserError(f"{folder} is not a folder; give the folder that holds the .bin shards")
+    names = sorted(path.name for path in folder.glob("*.bin"))
+    if not names:
+        raise UserError(f"{folder} holds no .bin shards; `toolkit prepare PATH... --out {folder}` makes them from text")
+    splits = {split: [name for name in names if _split_of(name) == split] for split in SPLITS}
+    problems = [
+        f"{name}: the name must hold either 'train' or 'val' to say which split it is"
+        for name in names
+        if not _split_of(name)
+    ]
+    for split in SPLITS:
+        problems += numbering_problems(splits[split])
+    info = TokenizerInfo(
+        name=tokenizer.name, vocab_size=tokenizer.vocab_size, eot_id=tokenizer.eot_id, sha256=tokenizer.sha256
+    )
+    token_bytes = tokenizer.token_bytes()
+    shards: dict[Split, list[ShardInfo]] = {split: [] for split in SPLITS}
+    for split in SPLITS:
+        for name in splits[split]:
+            try:
+                found = _scan(folder / name, tokenizer=info, token_bytes=token_bytes)
+            except UserError as error:
+                problems.append(str(error))
+                continue
+            shards[split].append(found)
+            logger.info("%s: %d tokens, %d documents", name, found.tokens, found.documents)
+    if problems:
+        raise UserError(f"{folder} cannot be adopted: {'; '.join(problems)}")
+    manifest = Manifest(
+        schema_version=SCHEMA_VERSION,
+        source={"kind": "adopted", "format": "llm.c"},
+        tokenizer=info,
+        splits={split: tuple(shards[split]) for split in SPLITS},
+    )
+    if (folder / MANIFEST_FILE).exists():
+        if read_manifest(folder) != manifest:
+            raise UserError(
+                f"{folder / MANIFEST_FILE} is there already and says something else of these shards; see `toolkit verify "
+                f"{folder}`, or remove it to adopt them as they are"
+            )
+        return manifest
+    if tokenizer.path is not None:
+        write_durably(folder / TOKENIZER_FILE, tokenizer.path.read_bytes())
+    write_manifest(folder, manifest)
+    return manifest
+
+
+def _split_of(name: str) -> Split | None:
+    found = [split for split in SPLITS if split in name.lower()]
+    return found[0] if len(found) == 1 else None
