@@ -11,19 +11,14 @@ parsing with bounded sizes instead: no pickle, no tensor name used as a path. On
 and nothing here knows about other processes.
 """
 
-import errno
 import hashlib
-import json
 import logging
 import os
 import re
 import secrets
 import shutil
-import struct
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -33,6 +28,20 @@ import torch
 from toolkit.config import CheckpointConfig
 from toolkit.errors import UserError, describe_os_error
 from toolkit.failpoint import failpoint
+from toolkit.training.files import (
+    MAX_JSON_BYTES,
+    DamagedFileError,
+    fsync_folder,
+    is_as_sealed,
+    opened,
+    parse_json,
+    read_bounded,
+    render_json,
+    sealed,
+    stream_sha256,
+    write_new_file,
+)
+from toolkit.training.tensor_file import TensorFileImage, read_header, read_tensors, whole_numbers
 
 logger = logging.getLogger(__name__)
 
@@ -68,35 +77,15 @@ REPLACE_PHASE = "checkpoint.mid-replace"  # only where a different, valid checkp
 RESUME_PHASES = ("resume.clean", "resume.resolve", "resume.loaded")
 
 FREE_SPACE_FACTOR = 1.2  # a save starts only with this much more space than it needs [factor]
-MAX_HEADER_BYTES = 1 << 20  # of a safetensors file; GPT-2 1558M with two moments needs 0.2 MB
-MAX_JSON_BYTES = 16 << 20  # of a JSON file that is parsed
 MAX_FILES = 64  # in one manifest
-_CHUNK = 16 << 20  # bytes per write and per read: large enough to cost no time, small enough to overlap with hashing
+MAX_EXTRA_BYTES = 256 << 20  # of an extra file; the largest is a vocabulary
 
 _STEP_NAME = re.compile(r"step-([0-9]{8,15})")
 _FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")
 _LEFTOVER = re.compile(r"\.(tmp|del|old)-(step-[0-9]{8,15})-([0-9]+)-[0-9a-f]{8}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
-_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
 T = TypeVar("T")
-
-_DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
-
-
-class DamagedCheckpointError(UserError):
-    """The folder is not what was once written there: another checkpoint has to be used."""
 
 
 @dataclass(frozen=True)
@@ -132,151 +121,6 @@ def step_of(name: str) -> int | None:
     return int(match[1]) if match and step_name(int(match[1])) == name else None
 
 
-# --- JSON: strict in both directions ---------------------------------------------------------------------------------
-
-
-def render_json(values: Mapping[str, Any]) -> bytes:
-    """The values as an indented JSON file. Raises: ValueError for a NaN or infinity, which JSON does not have."""
-    return (json.dumps(values, indent=2, sort_keys=True, allow_nan=False) + "\n").encode()
-
-
-def parse_json(data: bytes, *, where: str) -> dict[str, Any]:
-    """The object in a JSON file.
-
-    Raises: DamagedCheckpointError for anything else: a key given twice, NaN, nesting without end, other encodings.
-    """
-    try:
-        values = json.loads(data.decode("utf-8"), object_pairs_hook=_unique_keys, parse_constant=_refuse_constant)
-    except (ValueError, RecursionError) as error:  # JSONDecodeError and UnicodeDecodeError are ValueErrors
-        raise DamagedCheckpointError(f"{where} is not valid JSON ({' '.join(str(error).split())[:120]})") from None
-    if not isinstance(values, dict):
-        raise DamagedCheckpointError(f"{where} does not hold a JSON object")
-    return values
-
-
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    values = dict(pairs)
-    if len(values) != len(pairs):
-        raise ValueError("a key is given twice")
-    return values
-
-
-def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is not JSON")
-
-
-def canonical_sha256(values: Mapping[str, Any]) -> str:
-    """The hash that a file carries of itself: of all keys but "sha256", sorted, without spaces."""
-    content = {key: value for key, value in values.items() if key != "sha256"}
-    return hashlib.sha256(
-        json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
-    ).hexdigest()
-
-
-# --- The safetensors format, written and read in one pass ------------------------------------------------------------
-# Layout: 8 bytes little-endian length of the header, the header (JSON, padded with spaces to a multiple of 8), the
-# tensors without gaps. Source: https://github.com/huggingface/safetensors, README, "Format". Written here, because the
-# library neither hashes nor fsyncs nor writes from buffers that are kept, and sets mode 0600 whatever the umask.
-
-
-@dataclass(frozen=True)
-class _Place:
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    begin: int
-    end: int
-
-    def view(self, data: torch.Tensor) -> torch.Tensor:
-        return data[self.begin : self.end].view(self.dtype).view(self.shape)
-
-
-class _Image:
-    """A safetensors file in memory: its header, and one buffer into which the tensors are copied at every save."""
-
-    def __init__(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        # Wide types first keeps each tensor aligned to its own size without gaps.
-        order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
-        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-        self.places: dict[str, _Place] = {}
-        end = 0
-        for name in order:
-            tensor = tensors[name]
-            begin, end = end, end + tensor.numel() * tensor.element_size()
-            self.places[name] = _Place(tensor.dtype, tuple(tensor.shape), begin, end)
-            header[name] = {
-                "dtype": _DTYPE_NAMES[tensor.dtype],
-                "shape": list(tensor.shape),
-                "data_offsets": [begin, end],
-            }
-        text = json.dumps(header, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % 8)
-        assert len(text) <= MAX_HEADER_BYTES, f"the header of {len(tensors)} tensors has {len(text)} bytes"
-        self.header = struct.pack("<Q", len(text)) + text
-        self.data = _buffer(end, pinned=any(tensor.is_cuda for tensor in tensors.values()))
-        self.size = len(self.header) + end
-
-    def fits(self, tensors: Mapping[str, torch.Tensor]) -> bool:
-        """Whether these tensors have the names, types and shapes that the buffer was made for."""
-        return {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()} == {
-            name: (place.dtype, place.shape) for name, place in self.places.items()
-        }
-
-    def fill(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Copies the tensors into the buffer; copies from a device are only queued."""
-        for name, place in self.places.items():
-            place.view(self.data).copy_(tensors[name].detach(), non_blocking=True)
-
-    def pieces(self) -> list[memoryview]:
-        return [memoryview(self.header), self.data.numpy().data]
-
-
-def _buffer(size: int, *, pinned: bool) -> torch.Tensor:
-    if pinned:
-        try:
-            return torch.empty(size, dtype=torch.uint8, pin_memory=True)
-        except RuntimeError as error:  # locked memory is limited: slower, but nothing is lost
-            logger.warning("no pinned memory for a checkpoint of %d bytes (%s); saving takes longer", size, error)
-    return torch.empty(size, dtype=torch.uint8)
-
-
-def _parse_header(text: bytes, data_bytes: int, *, where: str) -> dict[str, _Place]:
-    """Where each tensor lies in the data; the places fill it without gap or overlap."""
-    header = parse_json(text, where=f"{where}: the header")
-    metadata = header.pop("__metadata__", {})
-    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise DamagedCheckpointError(f"{where}: the header's metadata is not text")
-    places: dict[str, _Place] = {}
-    for name, entry in header.items():
-        if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
-            raise DamagedCheckpointError(f"{where}: tensor {name[:80]!r} has an entry of another form")
-        dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-        if not isinstance(dtype, str) or dtype not in _DTYPES:
-            raise DamagedCheckpointError(f"{where}: tensor {name[:80]!r} has type {str(dtype)[:20]!r}")
-        # A dimension of 0 never occurs here, and beside a huge one it would hide from the comparison of sizes.
-        if not _whole_numbers(shape, least=1) or len(shape) > 8:
-            raise DamagedCheckpointError(f"{where}: tensor {name[:80]!r} has shape {str(shape)[:80]}")
-        if not _whole_numbers(offsets, least=0) or len(offsets) != 2:
-            raise DamagedCheckpointError(f"{where}: tensor {name[:80]!r} has offsets {str(offsets)[:80]}")
-        size = _DTYPES[dtype].itemsize
-        for dimension in shape:
-            size *= dimension
-        if offsets[1] - offsets[0] != size or offsets[0] % _DTYPES[dtype].itemsize:
-            raise DamagedCheckpointError(f"{where}: tensor {name[:80]!r} does not fit its offsets {offsets}")
-        places[name] = _Place(_DTYPES[dtype], tuple(shape), offsets[0], offsets[1])
-    end = 0
-    for name, place in sorted(places.items(), key=lambda item: item[1].begin):
-        if place.begin != end:
-            raise DamagedCheckpointError(f"{where}: tensor {name[:80]!r} starts at byte {place.begin}, not at {end}")
-        end = place.end
-    if end != data_bytes:
-        raise DamagedCheckpointError(f"{where}: the tensors have {end} bytes, the file holds {data_bytes}")
-    return places
-
-
-def _whole_numbers(values: object, *, least: int) -> bool:
-    return isinstance(values, list) and all(type(value) is int and least <= value < 2**48 for value in values)
-
-
 # --- Writing ---------------------------------------------------------------------------------------------------------
 
 
@@ -284,7 +128,7 @@ def _whole_numbers(values: object, *, least: int) -> bool:
 class _Snapshot:
     step: int
     facts: dict[str, Any]
-    images: dict[str, _Image]
+    images: dict[str, TensorFileImage]
     small: dict[str, bytes]
 
     @property
@@ -305,7 +149,7 @@ class CheckpointWriter:
         self.damaged: set[str] = set()  # folder names that resuming skipped: they do not count as kept
         if resolved is not None:
             self.resumed(resolved)
-        self._images: dict[str, _Image] = {}
+        self._images: dict[str, TensorFileImage] = {}
         self._snapshot: _Snapshot | None = None
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
@@ -354,12 +198,12 @@ class CheckpointWriter:
         self._snapshot = _Snapshot(step, facts, images, small)
         failpoint("checkpoint.after-snapshot")
 
-    def _image(self, name: str, tensors: Mapping[str, torch.Tensor]) -> _Image:
+    def _image(self, name: str, tensors: Mapping[str, torch.Tensor]) -> TensorFileImage:
         """The kept buffer of one file, filled. Why kept: a fresh 1.5 GiB copy takes 20 times as long (page faults)."""
         image = self._images.get(name)
         if image is None or not image.fits(tensors):
             self._images.pop(name, None)  # freed before the new one is made
-            image = self._images[name] = _Image(tensors)
+            image = self._images[name] = TensorFileImage(tensors)
         image.fill(tensors)
         return image
 
@@ -402,7 +246,7 @@ class CheckpointWriter:
 
     def _save(self, snapshot: _Snapshot) -> None:
         try:
-            write_checkpoint(self.folder, snapshot)
+            _write_checkpoint(self.folder, snapshot)
         except OSError as error:
             self._error = UserError(_describe_failure(error, self.folder, snapshot))
         except Exception as error:
@@ -428,7 +272,29 @@ class CheckpointWriter:
             logger.warning("older checkpoints could not be removed (%s); tried again after the next", error)
 
 
-def write_checkpoint(folder: Path, snapshot: _Snapshot) -> None:
+class _Hashing(threading.Thread):
+    """The size and sha256 of a file that is about to be written, found in a thread of its own.
+
+    Why not a pool: a pool takes no more work once the interpreter has begun to exit, when a save may still be running.
+    """
+
+    def __init__(self, pieces: list[memoryview]) -> None:
+        super().__init__(name="sha256")
+        self.pieces = pieces
+        self._digest = hashlib.sha256()
+        self.start()
+
+    def run(self) -> None:
+        for piece in self.pieces:
+            self._digest.update(piece)  # releases the interpreter lock
+
+    def result(self) -> dict[str, Any]:
+        """The file's entry in the manifest."""
+        self.join()
+        return {"size": sum(map(len, self.pieces)), "sha256": self._digest.hexdigest()}
+
+
+def _write_checkpoint(folder: Path, snapshot: _Snapshot) -> None:
     """Writes one checkpoint folder, complete or not at all; durable when this returns.
 
     A damaged folder of the same step is renamed aside (`.damaged-step-...`); a valid one with the same content is left
@@ -444,26 +310,21 @@ def write_checkpoint(folder: Path, snapshot: _Snapshot) -> None:
     temporary = folder / f".tmp-{name}-{_mark()}"
     temporary.mkdir()
     try:
-        with ThreadPoolExecutor(2, thread_name_prefix="sha256") as hashers:
-            # The buffers do not change, so hashing runs beside writing; it would take longer than a fast disk does.
-            pieces = {file: image.pieces() for file, image in snapshot.images.items()}
-            pieces |= {file: [memoryview(data)] for file, data in snapshot.small.items()}
-            hashes = {file: hashers.submit(_sha256, parts) for file, parts in pieces.items()}
-            failpoint("checkpoint.before-model")
-            _write_file(temporary / MODEL, pieces[MODEL], half_way="checkpoint.mid-model")
-            failpoint("checkpoint.after-model")
-            _write_file(temporary / OPTIMIZER, pieces[OPTIMIZER], half_way="checkpoint.mid-optimizer")
-            failpoint("checkpoint.after-optimizer")
-            for file in snapshot.small:
-                _write_file(temporary / file, pieces[file])
-            failpoint("checkpoint.after-state")
-            files = {
-                file: {"size": sum(map(len, parts)), "sha256": hashes[file].result()} for file, parts in pieces.items()
-            }
-        manifest = {**snapshot.facts, "files": files}
-        manifest["sha256"] = canonical_sha256(manifest)
+        # The buffers do not change, so hashing runs beside writing; it would take longer than a fast disk does.
+        hashes = {file: _Hashing(image.pieces()) for file, image in snapshot.images.items()}
+        hashes |= {file: _Hashing([memoryview(data)]) for file, data in snapshot.small.items()}
+        failpoint("checkpoint.before-model")
+        write_new_file(temporary / MODEL, hashes[MODEL].pieces, half_way="checkpoint.mid-model")
+        failpoint("checkpoint.after-model")
+        write_new_file(temporary / OPTIMIZER, hashes[OPTIMIZER].pieces, half_way="checkpoint.mid-optimizer")
+        failpoint("checkpoint.after-optimizer")
+        for file in snapshot.small:
+            write_new_file(temporary / file, hashes[file].pieces)
+        failpoint("checkpoint.after-state")
+        files = {file: hashing.result() for file, hashing in hashes.items()}
         failpoint("checkpoint.before-manifest")
-        _write_file(temporary / MANIFEST, [memoryview(render_json(manifest))])
+        manifest = sealed({**snapshot.facts, "files": files})
+        write_new_file(temporary / MANIFEST, [memoryview(render_json(manifest))])
         fsync_folder(temporary)
         failpoint("checkpoint.after-manifest")
         _put_in_place(temporary, folder / name, files)
@@ -497,35 +358,6 @@ def _put_in_place(temporary: Path, target: Path, files: Mapping[str, Any]) -> No
     fsync_folder(target.parent)
 
 
-def _write_file(path: Path, pieces: list[memoryview], *, half_way: str | None = None) -> None:
-    """Writes the pieces and fsyncs; the mode is that of any file the user makes (0666 without the umask's bits)."""
-    middle = sum(map(len, pieces)) // 2
-    written = 0
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
-    try:
-        for piece in pieces:
-            position = 0
-            while position < len(piece):
-                if half_way and written >= middle:
-                    failpoint(half_way)
-                    half_way = None
-                count = os.write(descriptor, piece[position : position + _CHUNK])
-                position, written = position + count, written + count
-        os.fsync(descriptor)
-    except OSError as error:
-        error.filename = error.filename or str(path)
-        raise
-    finally:
-        os.close(descriptor)
-
-
-def _sha256(pieces: list[memoryview]) -> str:
-    digest = hashlib.sha256()
-    for piece in pieces:
-        digest.update(piece)  # releases the interpreter lock
-    return digest.hexdigest()
-
-
 def _require_space(folder: Path, snapshot: _Snapshot) -> None:
     space = os.statvfs(folder)
     free, needed = space.f_bavail * space.f_frsize, int(snapshot.size * FREE_SPACE_FACTOR)
@@ -546,18 +378,6 @@ def _describe_failure(error: OSError, folder: Path, snapshot: _Snapshot) -> str:
         f"the checkpoint of step {snapshot.step} could not be written to {folder}: {describe_os_error(error)}; it needs "
         f"{snapshot.size} bytes ({snapshot.size / 2**30:.2f} GiB){free}; the checkpoints before it are intact"
     )
-
-
-def fsync_folder(folder: Path) -> None:
-    """Makes the names in a folder durable; file systems that cannot do this for folders are left to themselves."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP):
-            raise
-    finally:
-        os.close(descriptor)
 
 
 def _mark() -> str:
@@ -677,7 +497,7 @@ def _newest(folder: Path, read: Callable[[Path], T]) -> tuple[Resolved, T | None
         path = folder / step_name(step)
         try:
             return Resolved(path, skipped), read(path)
-        except DamagedCheckpointError as error:
+        except DamagedFileError as error:
             skipped.append((path.name, str(error)))
     if skipped:
         reasons = "; ".join(reason for _, reason in skipped)
@@ -724,29 +544,6 @@ def verify_checkpoint(path: Path) -> list[str]:
     return problems
 
 
-def _check(path: Path) -> None:
-    """Reads and checks the whole checkpoint as `load` does, without keeping it."""
-    manifest = read_manifest(path)
-    for name in manifest["files"]:
-        _check_file(path, name, manifest)
-
-
-def _check_file(path: Path, name: str, manifest: Mapping[str, Any]) -> None:
-    if name in (MODEL, OPTIMIZER):
-        with _opened(path / name, manifest["files"][name]["size"]) as descriptor:
-            size = manifest["files"][name]["size"]
-            text = _read_header(descriptor, size, where=str(path / name))
-            _parse_header(text[8:], size - len(text), where=str(path / name))
-            _require_sha256(_stream_sha256(descriptor), path, name, manifest)
-    elif name == STATE:
-        _parse_state(_read_small(path, name, manifest), manifest, where=str(path / name))
-    elif name == CONFIG:
-        parse_json(_read_small(path, name, manifest), where=str(path / name))
-    else:
-        with _opened(path / name, manifest["files"][name]["size"]) as descriptor:
-            _require_sha256(_stream_sha256(descriptor), path, name, manifest)
-
-
 def load(path: Path) -> Loaded:
     """A checkpoint, read and checked in one pass; nothing is returned unless all of it is as it was written.
 
@@ -755,41 +552,63 @@ def load(path: Path) -> Loaded:
     manifest = read_manifest(path)
     config_json = parse_json(_read_small(path, CONFIG, manifest), where=str(path / CONFIG))
     state = _parse_state(_read_small(path, STATE, manifest), manifest, where=str(path / STATE))
-    model = _read_tensors(path, MODEL, manifest)
-    optimizer = _read_tensors(path, OPTIMIZER, manifest)
-    strangers = sorted({name.rpartition("|")[0] for name in optimizer} - set(model))
+    for name in set(manifest["files"]) - set(REQUIRED_FILES):
+        _check_file(path, name, manifest)
+    tensors = {}
+    for name in (MODEL, OPTIMIZER):
+        size = manifest["files"][name]["size"]
+        with opened(path / name, size=size) as descriptor:
+            tensors[name], digest = read_tensors(descriptor, size, where=str(path / name))
+        _require_sha256(digest, path, name, manifest)
+    strangers = sorted({name.rpartition("|")[0] for name in tensors[OPTIMIZER]} - set(tensors[MODEL]))
     if strangers:
-        raise DamagedCheckpointError(
+        raise DamagedFileError(
             f"{path / OPTIMIZER} has moments of parameters that the model does not have: {strangers[:3]}"
         )
-    for name in manifest["files"]:
-        if name not in REQUIRED_FILES:
-            _check_file(path, name, manifest)
     failpoint("resume.loaded")
-    return Loaded(path, manifest["step"], manifest["tokens"], model, optimizer, state, config_json, manifest)
+    return Loaded(
+        path, manifest["step"], manifest["tokens"], tensors[MODEL], tensors[OPTIMIZER], state, config_json, manifest
+    )
+
+
+def _check(path: Path) -> None:
+    """Reads and checks the whole checkpoint as `load` does, without keeping it."""
+    manifest = read_manifest(path)
+    for name in manifest["files"]:
+        _check_file(path, name, manifest)
+
+
+def _check_file(path: Path, name: str, manifest: Mapping[str, Any]) -> None:
+    where = str(path / name)
+    if name == STATE:
+        _parse_state(_read_small(path, name, manifest), manifest, where=where)
+    elif name == CONFIG:
+        parse_json(_read_small(path, name, manifest), where=where)
+    else:
+        size = manifest["files"][name]["size"]
+        with opened(path / name, size=size) as descriptor:
+            if name in (MODEL, OPTIMIZER):
+                read_header(descriptor, size, where=where)
+            _require_sha256(stream_sha256(descriptor), path, name, manifest)
 
 
 def read_extra(path: Path, name: str) -> bytes | None:
     """An extra file of a checkpoint, checked against the manifest; None if it was saved without one."""
     manifest = read_manifest(path)
-    return _read_small(path, name, manifest, most=256 << 20) if name in manifest["files"] else None
+    return _read_small(path, name, manifest, most=MAX_EXTRA_BYTES) if name in manifest["files"] else None
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
-    """The manifest of a checkpoint: its own hash, its version and every field that this module relies on checked."""
+    """The manifest of a checkpoint: its own hash, its version and every field that this module relies on checked.
+
+    Raises: DamagedFileError if it is not as it was written; UserError for the schema of another version.
+    """
     where = str(path / MANIFEST)
-    with _opened(path / MANIFEST, None) as descriptor:
-        data = _read_all(descriptor, most=MAX_JSON_BYTES, where=where)
+    data = read_bounded(path / MANIFEST)
     manifest = parse_json(data, where=where)
-    # Written again it must give the same bytes, so that a flipped byte is found even where JSON would not mind it.
-    if manifest.get("sha256") != canonical_sha256(manifest) or render_json(manifest) != data:
-        raise DamagedCheckpointError(f"{where} is not as it was written (its own sha256 differs)")
-    version = manifest.get("schema_version")
-    if version != SCHEMA_VERSION:
-        raise UserError(
-            f"{where} has schema version {str(version)[:20]}, this toolkit reads version {SCHEMA_VERSION}; "
-            f"use the toolkit's version that wrote it"
-        )
+    if not is_as_sealed(manifest, data):
+        raise DamagedFileError(f"{where} is not as it was written (its own sha256 differs)")
+    _require_version(manifest, where=where)
     counts = all(type(manifest.get(key)) is int and 0 <= manifest[key] < 2**60 for key in ("step", "tokens"))
     loss = manifest.get("validation_loss")
     if (
@@ -798,140 +617,57 @@ def read_manifest(path: Path) -> dict[str, Any]:
         or not isinstance(manifest.get("layout"), dict)
         or not (loss is None or type(loss) is float)
     ):
-        raise DamagedCheckpointError(f"{where} lacks one of step, tokens, data_fingerprint, layout")
+        raise DamagedFileError(f"{where} lacks one of step, tokens, data_fingerprint, layout")
     if step_of(path.name) not in (None, manifest["step"]):
-        raise DamagedCheckpointError(f"{where} is of step {manifest['step']}, the folder's name says otherwise")
+        raise DamagedFileError(f"{where} is of step {manifest['step']}, the folder's name says otherwise")
     files = manifest.get("files")
     if not isinstance(files, dict) or not set(REQUIRED_FILES) <= set(files) or len(files) > MAX_FILES:
-        raise DamagedCheckpointError(f"{where} does not list {', '.join(REQUIRED_FILES)}")
+        raise DamagedFileError(f"{where} does not list {', '.join(REQUIRED_FILES)}")
     for name, entry in files.items():
-        if (
-            not _FILE_NAME.fullmatch(name)
-            or name == MANIFEST
-            or not isinstance(entry, dict)
-            or set(entry) != {"size", "sha256"}
-            or not _whole_numbers([entry["size"]], least=0)
-            or not isinstance(entry["sha256"], str)
-            or not _SHA256.fullmatch(entry["sha256"])
-        ):
-            raise DamagedCheckpointError(f"{where} has an entry of another form for {name[:80]!r}")
+        if not _is_file_entry(name, entry):
+            raise DamagedFileError(f"{where} has an entry of another form for {name[:80]!r}")
     return manifest
+
+
+def _is_file_entry(name: str, entry: object) -> bool:
+    return (
+        _FILE_NAME.fullmatch(name) is not None
+        and name != MANIFEST
+        and isinstance(entry, dict)
+        and set(entry) == {"size", "sha256"}
+        and whole_numbers([entry["size"]], least=0)
+        and isinstance(entry["sha256"], str)
+        and _SHA256.fullmatch(entry["sha256"]) is not None
+    )
+
+
+def _require_version(values: Mapping[str, Any], *, where: str) -> None:
+    version = values.get("schema_version")
+    if type(version) is not int or version != SCHEMA_VERSION:
+        raise UserError(
+            f"{where} has schema version {str(version)[:20]}, this toolkit reads version {SCHEMA_VERSION}; "
+            f"use the version of the toolkit that wrote it"
+        )
 
 
 def _parse_state(data: bytes, manifest: Mapping[str, Any], *, where: str) -> dict[str, Any]:
     state = parse_json(data, where=where)
-    version = state.pop("schema_version", None)
-    if version != SCHEMA_VERSION:
-        raise UserError(
-            f"{where} has schema version {str(version)[:20]}, this toolkit reads {SCHEMA_VERSION}; "
-            f"use the toolkit's version that wrote it"
-        )
+    _require_version(state, where=where)
     if (state.get("step"), state.get("tokens")) != (manifest["step"], manifest["tokens"]):
-        raise DamagedCheckpointError(f"{where} is of another step than {manifest['step']}, which the manifest states")
+        raise DamagedFileError(f"{where} is of another step than {manifest['step']}, which the manifest states")
+    del state["schema_version"]
     return state
 
 
-def _read_tensors(path: Path, name: str, manifest: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-    where, size = str(path / name), manifest["files"][name]["size"]
-    with _opened(path / name, size) as descriptor:
-        header = _read_header(descriptor, size, where=where)
-        places = _parse_header(header[8:], size - len(header), where=where)
-        data = torch.empty(size - len(header), dtype=torch.uint8)
-        digest = hashlib.sha256(header)
-        with ThreadPoolExecutor(1, thread_name_prefix="sha256") as hasher:
-            view = data.numpy().data
-            position = 0
-            pending: list[Future[None]] = []
-            while position < len(view):
-                count = os.preadv(descriptor, [view[position : position + _CHUNK]], len(header) + position)
-                if count == 0:
-                    raise DamagedCheckpointError(f"{where} became shorter while it was read")
-                pending.append(hasher.submit(digest.update, view[position : position + count]))
-                position += count
-            for done in pending:
-                done.result()
-    _require_sha256(digest.hexdigest(), path, name, manifest)
-    return {tensor: place.view(data) for tensor, place in places.items()}
-
-
-def _read_header(descriptor: int, size: int, *, where: str) -> bytes:
-    """The 8 bytes of the header's length and the header."""
-    start = os.pread(descriptor, 8, 0)
-    if len(start) < 8:
-        raise DamagedCheckpointError(f"{where} has {size} bytes, too few for a safetensors file")
-    (length,) = struct.unpack("<Q", start)
-    if length > min(MAX_HEADER_BYTES, size - 8):
-        raise DamagedCheckpointError(
-            f"{where} is not a safetensors file of this toolkit (a header of {length} bytes in a file of {size})"
-        )
-    text = os.pread(descriptor, length, 8)
-    if len(text) < length:
-        raise DamagedCheckpointError(f"{where} became shorter while it was read")
-    return start + text
-
-
 def _read_small(path: Path, name: str, manifest: Mapping[str, Any], *, most: int = MAX_JSON_BYTES) -> bytes:
-    with _opened(path / name, manifest["files"][name]["size"]) as descriptor:
-        data = _read_all(descriptor, most=most, where=str(path / name))
+    data = read_bounded(path / name, size=manifest["files"][name]["size"], most=most)
     _require_sha256(hashlib.sha256(data).hexdigest(), path, name, manifest)
     return data
-
-
-@contextmanager
-def _opened(path: Path, size: int | None) -> Iterator[int]:
-    """A descriptor of a regular file (no symlink, no pipe) that has the stated size."""
-    try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-    except FileNotFoundError:
-        raise DamagedCheckpointError(f"{path} is missing") from None
-    except OSError as error:
-        if error.errno == errno.ELOOP:
-            raise DamagedCheckpointError(f"{path} is a symbolic link, not a file") from None
-        raise
-    try:
-        found = os.fstat(descriptor)
-        if not _is_regular(found.st_mode):
-            raise DamagedCheckpointError(f"{path} is not a regular file")
-        if size is not None and found.st_size != size:
-            raise DamagedCheckpointError(f"{path} has {found.st_size} bytes, the manifest says {size}")
-        yield descriptor
-    except OSError as error:
-        if error.errno == errno.EIO:  # a sector that cannot be read is damage like any other
-            raise DamagedCheckpointError(f"{path} cannot be read ({error.strerror})") from None
-        raise
-    finally:
-        os.close(descriptor)
-
-
-def _is_regular(mode: int) -> bool:
-    return mode & 0o170000 == 0o100000
-
-
-def _read_all(descriptor: int, *, most: int, where: str) -> bytes:
-    size = os.fstat(descriptor).st_size
-    if size > most:
-        raise DamagedCheckpointError(f"{where} has {size} bytes, more than the {most} that such a file may have")
-    parts = []
-    position = 0
-    while part := os.pread(descriptor, min(_CHUNK, most - position), position):
-        parts.append(part)
-        position += len(part)
-    return b"".join(parts)
-
-
-def _stream_sha256(descriptor: int) -> str:
-    digest = hashlib.sha256()
-    buffer = memoryview(bytearray(_CHUNK))
-    position = 0
-    while count := os.preadv(descriptor, [buffer], position):
-        digest.update(buffer[:count])
-        position += count
-    return digest.hexdigest()
 
 
 def _require_sha256(found: str, path: Path, name: str, manifest: Mapping[str, Any]) -> None:
     expected = manifest["files"][name]["sha256"]
     if found != expected:
-        raise DamagedCheckpointError(
+        raise DamagedFileError(
             f"{path / name} is not as it was written (sha256 {found[:12]}..., the manifest says {expected[:12]}...)"
         )

@@ -27,16 +27,21 @@ from toolkit.config import MAY_CHANGE_ON_RESUME, TrainConfig, differences, from_
 from toolkit.errors import UserError, describe_os_error
 from toolkit.failpoint import failpoint
 from toolkit.training.checkpoint import (
-    MAX_JSON_BYTES,
     Resolved,
-    canonical_sha256,
     clean_leftovers,
-    fsync_folder,
-    parse_json,
     read_extra,
     read_manifest,
-    render_json,
     resolve,
+)
+from toolkit.training.files import (
+    DamagedFileError,
+    fsync_folder,
+    is_as_sealed,
+    parse_json,
+    read_bounded,
+    render_json,
+    replace_file,
+    sealed,
 )
 from toolkit.training.redact import redact
 
@@ -156,7 +161,7 @@ class RunFolder:
             "reason": redact(reason),
             "updated": _now(),
         }
-        write_whole(self.path / STATUS, render_json(values))
+        replace_file(self.path / STATUS, render_json(values))
 
     def close(self) -> None:
         """Frees the folder for another process."""
@@ -287,13 +292,12 @@ class RunFolder:
             "recipe_sha256": hashlib.sha256(recipe_bytes).hexdigest(),
         }
         starts = [*self.run["starts"], redact(start)]
-        self.run = {**self.run, "starts": starts[:1] + starts[1:][-(MAX_STARTS - 1) :]}
-        self.run["sha256"] = canonical_sha256(self.run)
+        self.run = sealed({**self.run, "starts": starts[:1] + starts[1:][-(MAX_STARTS - 1) :]})
         self._copies = {RUN: render_json(self.run), RECIPE: recipe_bytes}
         failpoint("run_folder.before-run")
-        write_whole(self.path / RUN, self._copies[RUN])
+        replace_file(self.path / RUN, self._copies[RUN])
         failpoint("run_folder.after-run")
-        write_whole(self.path / RECIPE, self._copies[RECIPE])
+        replace_file(self.path / RECIPE, self._copies[RECIPE])
         failpoint("run_folder.after-recipe")
 
 
@@ -307,35 +311,14 @@ def _register_fork_handler() -> None:
         _registered = True
 
 
-def write_whole(path: Path, data: bytes) -> None:
-    """Puts a file in place as a whole, durably: whoever reads `path` sees the old content or the new, never a mixture."""
-    temporary = path.with_name(f".{path.name}.tmp")  # one name: what a killed process left is overwritten
-    try:
-        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
-        try:
-            view = memoryview(data)
-            while view:
-                view = view[os.write(descriptor, view) :]
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-        failpoint("run_folder.before-replace")
-        temporary.replace(path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        error.filename = error.filename or str(path)
-        raise
-    fsync_folder(path.parent)
-
-
 def _read(path: Path) -> bytes | None:
-    """The file's content; None if it is missing or too large to be one of ours."""
-    try:
-        with path.open("rb") as file:
-            data = file.read(MAX_JSON_BYTES + 1)
-    except FileNotFoundError:
+    """The file's content; None if it is missing, nothing if it cannot be one of ours (a folder, a link, too large)."""
+    if not os.path.lexists(path):
         return None
-    return data if len(data) <= MAX_JSON_BYTES else b""
+    try:
+        return read_bounded(path)
+    except DamagedFileError:
+        return b""
 
 
 def _problem_of_run(data: bytes) -> str | None:
@@ -343,7 +326,7 @@ def _problem_of_run(data: bytes) -> str | None:
         run = parse_json(data, where=RUN)
     except UserError:
         return "is not valid JSON"
-    if run.get("sha256") != canonical_sha256(run) or render_json(run) != data:
+    if not is_as_sealed(run, data):
         return "is damaged or was edited by hand"
     if run.get("schema_version") != SCHEMA_VERSION:
         raise UserError(
