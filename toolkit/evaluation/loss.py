@@ -20,6 +20,9 @@ from toolkit.model.gpt2 import GPT2
 from toolkit.model.loss import IGNORED_TARGET
 
 
+BATCHES_BETWEEN_QUESTIONS = 16  # batches of a process between two looks at whether to go on
+
+
 class Batches(Protocol):
     """Batches by number, each with "input_ids" and "targets" (B, T) int64; B may differ from batch to batch."""
 
@@ -48,11 +51,13 @@ def evaluate(
     num_processes: int = 1,
     reduce: Callable[[Tensor], Tensor] | None = None,
     autocast: Callable[[], AbstractContextManager[object]] = nullcontext,
-) -> EvaluationResult:
+    should_stop: Callable[[], bool] | None = None,
+) -> EvaluationResult | None:
     """The model's losses over all batches, on every process alike; the model's training mode is left as it was.
 
     `token_bytes` (V,) is the number of UTF-8 bytes of each id; `reduce` adds a float64 tensor over all processes;
-    `autocast` makes the context of each forward pass.
+    `autocast` makes the context of each forward pass. `should_stop` is asked by all processes together every
+    BATCHES_BETWEEN_QUESTIONS batches and may be a collective; where it says yes, the result is None.
     Raises: UserError if there is nothing to evaluate.
     """
     if len(batches) == 0:
@@ -65,7 +70,12 @@ def evaluate(
     was_training = model.training
     model.eval()
     try:
-        for index in range(process_index, len(batches), num_processes):
+        for turn in range(0, len(batches), num_processes):
+            if should_stop is not None and turn // num_processes % BATCHES_BETWEEN_QUESTIONS == 0 and should_stop():
+                return None
+            index = turn + process_index
+            if index >= len(batches):  # the last turn may have fewer batches than there are processes
+                continue
             batch = batches[index]
             input_ids = batch["input_ids"].to(device, non_blocking=True)
             targets = batch["targets"].to(device, non_blocking=True)

@@ -3,7 +3,9 @@
 import importlib.util
 import os
 import platform
+import resource
 import shutil
+import sys
 from importlib import metadata
 from typing import Literal
 
@@ -90,6 +92,13 @@ def device_name(device: torch.device) -> str:
     return f"{device.type} ({platform.machine()})"
 
 
+def device_memory_bytes(device: torch.device) -> int:
+    """Memory that the device has in all; for a CPU that of the machine."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
 def library_versions() -> dict[str, str]:
     """Python's and the main libraries' versions, for the records of a run."""
     return {"python": platform.python_version()} | {name: metadata.version(name) for name in _VERSIONS_OF}
@@ -118,3 +127,22 @@ def should_compile(asked: Literal["auto", "on", "off"], device: torch.device) ->
     if asked == "on":
         raise UserError(f"--training.compile on cannot work here: {problem}; install it or use --training.compile off")
     return False, f"not compiling: {problem}"
+
+
+def configure_torch(device: torch.device, *, deterministic: bool) -> None:
+    """Settings of torch that hold for the whole process."""
+    if device.type == "cuda":
+        # fp32 products on tensor cores, with 10 bits of mantissa: what "fp32" training means on Ampere and later.
+        torch.backends.cuda.matmul.allow_tf32 = True
+        torch.backends.cudnn.allow_tf32 = True
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts; deterministic needs it
+        torch.use_deterministic_algorithms(True)
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """Most memory used so far [GiB of 2**30 bytes]: of tensors on CUDA, of the whole process elsewhere."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 2**30 if sys.platform == "darwin" else peak / 2**20  # macOS counts bytes, Linux KiB

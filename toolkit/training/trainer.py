@@ -9,12 +9,9 @@ number and the position in the data alone, so that a resumed run repeats an unin
 import gc
 import logging
 import math
-import os
-import resource
-import sys
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -28,10 +25,9 @@ from accelerate.utils import (
     InitProcessGroupKwargs,
 )
 from torch import Tensor, nn
-from tqdm import tqdm
 
-from toolkit.config import Precision, TrainConfig, grad_accum_steps, to_dict
-from toolkit.data.loader import Data, open_data, training_loader, validation_loader
+from toolkit.config import Precision, TrainConfig, grad_accum_steps
+from toolkit.data.loader import Data, open_data, training_loader, validation_loader, window_counts
 from toolkit.data.tokenizer import Tokenizer, load_tokenizer
 from toolkit.errors import UserError
 from toolkit.evaluation.generate import generate
@@ -41,14 +37,16 @@ from toolkit.model.gpt2 import GPT2, canonical_tensors, flops_per_token, load_ca
 from toolkit.model.huggingface import config_json, load_weights
 from toolkit.training import checkpoint
 from toolkit.training.environment import (
+    configure_torch,
+    device_memory_bytes,
     device_name,
     library_versions,
+    peak_memory_gib,
     refuse_environment,
     resolve_precision,
     should_compile,
 )
 from toolkit.training.hardware import peak_flops
-from toolkit.training.metrics import RunLog
 from toolkit.training.optimizer import (
     build_optimizer,
     load_optimizer,
@@ -57,16 +55,15 @@ from toolkit.training.optimizer import (
     set_learning_rate,
 )
 from toolkit.training.processes import Processes
-from toolkit.training.run_folder import RunFolder
+from toolkit.training.progress import Progress, configure_logging
+from toolkit.training.records import RunRecords
 from toolkit.training.schedule import learning_rate_multiplier
 from toolkit.training.spikes import SpikeDetector
 from toolkit.training.supervision import StopRequests, Watchdog
-from toolkit.training.wandb_mirror import WandbMirror
 
 logger = logging.getLogger(__name__)
 
 GARBAGE_EVERY = 100  # steps between collections of cyclic garbage
-SECONDS_BETWEEN_LINES = 10.0  # progress where there is no terminal
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -106,19 +103,14 @@ class Trainer:
         self.device: torch.device = self.accelerator.device
         self.processes = Processes(self.device)
         self.is_main = self.processes.is_main
-        _configure_logging(is_main=self.is_main)
-        _configure_torch(self.device, deterministic=config.training.deterministic)
+        configure_logging(is_main=self.is_main)
+        configure_torch(self.device, deterministic=config.training.deterministic)
         self.stop_requests = StopRequests()
         self.watchdog = Watchdog(config.training.watchdog_minutes)
-        self.folder: RunFolder | None = None
-        self.run_log: RunLog | None = None
-        self.writer: checkpoint.CheckpointWriter | None = None
-        self.wandb: WandbMirror | None = None
-        self._progress: tqdm[Any] | None = None
-        self._trouble: UserError | None = None
-        self._ended: str | None = None
+        self.records: RunRecords | None = None  # of the main process alone
+        self.progress = Progress(config.training.max_steps)
         self._started = time.monotonic()
-        self._last_line = 0.0
+        self._ended = False
 
         self.step = 0
         self.position = 0  # global samples consumed
@@ -127,15 +119,22 @@ class Trainer:
         self.skipped_samples: list[list[int]] = []  # [first, end) of the samples skipped after a spike
         self.evaluated_step = 0
         self.evaluation_due = False  # an evaluation of this step was cut short by a stop request
-        self.best_loss: float | None = None
+        self.last_loss: float | None = None  # the latest validation's
         self.spikes = SpikeDetector(z_score=config.training.spike_z_score)
 
         self.data = self._open_data()
-        self.tokenizer: Tokenizer = load_tokenizer(self.data.tokenizer_spec)
+        self.tokenizer = self._load_tokenizer()
+        self.compiled, line = should_compile(config.training.compile, self.device)
+        if line:
+            self._say(line)
         self.micro_batch_size = self._first_micro_batch_size()
         self.grad_accum_steps = self._derive_accumulation()
-        self._open_folder()
-        self._build(model, optimizer)
+        self._start, self.finished = self._open_records()
+        try:
+            self._build(model, optimizer)
+        except BaseException as error:
+            self.close(failure=str(error))
+            raise
 
     # ------------------------------------------------------------------------------------------- the run in one screen
 
@@ -282,7 +281,6 @@ class Trainer:
                 self.raw_model,
                 batches,
                 self.tokenizer.token_bytes(),
-                device=self.device,
                 autocast=self.accelerator.autocast,
                 process_index=self.processes.index,
                 num_processes=self.processes.count,
@@ -299,8 +297,7 @@ class Trainer:
         metrics["bits_per_byte/val"] = math.fsum(weight * bits for weight, _, bits in losses)
         metrics["time/evaluation_seconds"] = time.monotonic() - started
         self.evaluated_step = self.step
-        if self.best_loss is None or metrics["loss/val"] < self.best_loss:
-            self.best_loss = metrics["loss/val"]
+        self.last_loss = metrics["loss/val"]
         self._append(metrics)
         self._say(
             f"step {self.step}: validation loss {metrics['loss/val']:.4f}, "
@@ -311,34 +308,33 @@ class Trainer:
 
     def sample(self) -> None:
         """Texts that the model writes now, into samples.jsonl and W&B; drawn by the main process alone."""
-        if not self.is_main or not isinstance(self.raw_model, GPT2):
+        if self.records is None or not isinstance(self.raw_model, GPT2):
             return
         settings = self.config.sampling
-        prompt_ids = [self.tokenizer.eot_id, *self.tokenizer.encode(settings.prompt)]
-        with self._noting_trouble(), self.accelerator.autocast():
-            texts = [
-                self.tokenizer.decode(ids)
-                for ids in generate(
-                    self.raw_model,
-                    prompt_ids,
-                    max_new_tokens=settings.max_new_tokens,
-                    temperature=settings.temperature,
-                    top_k=settings.top_k,
-                    seed=mixed_seed(self.config.training.seed, self.step, 0),
-                    num_samples=settings.num_samples,
-                    eot_id=self.tokenizer.eot_id,
-                )
+        drawn: list[list[int]] = [[] for _ in range(settings.num_samples)]
+        with self.records.noting_trouble(), self.accelerator.autocast():
+            for index, token in generate(
+                self.raw_model,
+                self.tokenizer.encode(settings.prompt),
+                max_new_tokens=settings.max_new_tokens,
+                temperature=settings.temperature,
+                top_k=settings.top_k,
+                seed=mixed_seed(self.config.training.seed, self.step, 0),
+                num_samples=settings.num_samples,
+                eot_id=self.tokenizer.eot_id,
+            ):
+                drawn[index].append(token)
+            rows: list[dict[str, Any]] = [
+                {
+                    "step": self.step,
+                    "tokens": self.tokens,
+                    "sample": index,
+                    "prompt": settings.prompt,
+                    "text": settings.prompt + self.tokenizer.decode(ids),
+                }
+                for index, ids in enumerate(drawn)
             ]
-            rows = [
-                {"step": self.step, "tokens": self.tokens, "sample": i, "prompt": settings.prompt, "text": text}
-                for i, text in enumerate(texts)
-            ]
-            assert self.run_log is not None
-            for row in rows:
-                self.run_log.append("samples", row)
-            if self.wandb is not None:
-                self.wandb.log_samples(self.step, rows)
-        if rows:
+            self.records.append_samples(self.step, rows)
             self._say(f"step {self.step}: sample: {rows[0]['text'][:200]!r}")
         self.watchdog.feed()
 
@@ -358,21 +354,15 @@ class Trainer:
         if self._peak_flops is not None:
             achieved = tokens_per_second * flops_per_token(self.config.model, self.config.data.sequence_length)
             row["throughput/mfu"] = achieved / (self._peak_flops * self.processes.count)
-        row["memory/peak_gib"] = _peak_memory_gib(self.device)
+        row["memory/peak_gib"] = peak_memory_gib(self.device)
         row["time/step_seconds"] = result.seconds
         self._append(row)
-        if self.is_main and self.run_log is not None:
-            with self._noting_trouble():
-                self.run_log.append(
-                    "ledger",
-                    {
-                        "step": self.step,
-                        "first_sample": result.first_sample,
-                        "end_sample": result.end_sample,
-                        "digest": f"{result.digest:016x}",
-                    },
-                )
-        self._show_progress(result, tokens_per_second)
+        if self.records is not None:
+            ledger = {"step": self.step, "first_sample": result.first_sample, "end_sample": result.end_sample}
+            self.records.append_ledger({**ledger, "digest": f"{result.digest:016x}"})
+            self.progress.show(
+                step=self.step, loss=result.loss, tokens_per_second=tokens_per_second, step_seconds=result.seconds
+            )
         if not result.updated:
             self._say(f"step {self.step}: loss {result.loss}, gradient norm {result.grad_norm}: update skipped")
         limit = self.config.training.max_skipped_in_a_row
@@ -403,11 +393,9 @@ class Trainer:
         Raises: UserError in every process if this or the previous checkpoint could not be written.
         """
         with self.processes.together():
-            if self.is_main:
-                assert self.writer is not None and self.run_log is not None and self.folder is not None
-                self.run_log.sync()  # the rows up to a checkpoint are as durable as the checkpoint
-                self.writer.raise_error()
-                self.writer.snapshot(
+            if self.records is not None:
+                self.records.check()
+                self.records.save(
                     self.step,
                     model=canonical_tensors(self.raw_model),
                     optimizer=optimizer_tensors(self.raw_optimizer, self.raw_model),
@@ -416,30 +404,24 @@ class Trainer:
                     manifest={
                         "tokens": self.tokens,
                         "data_fingerprint": self.data.fingerprint,
+                        "tokenizer": {"name": self.tokenizer.name, "sha256": self.tokenizer.sha256},
                         "layout": self.layout(),
                     },
-                    extra=self.folder.copies() | self._tokenizer_file(),
+                    validation_loss=self.last_loss if self.evaluated_step == self.step else None,
+                    tokenizer_file=self.tokenizer.path,
+                    blocking=blocking,
                 )
-                self.writer.write(blocking=blocking)
-                self.folder.set_status("running", step=self.step)
         self.watchdog.feed()
 
     def resume(self) -> None:
         """Brings the run to the newest valid checkpoint, or to step 0, and gets everything ready for `train_step`."""
         self._load(self._start)
         with self.processes.together():
-            if self.is_main:
-                assert self.folder is not None and self.run_log is not None
-                for line in self.run_log.truncate_after(self.step):
-                    self._say(line)
-                self.folder.set_status("running", step=self.step)
+            if self.records is not None:
+                self.records.begin(self.step)
         self._fit_memory()
         self._start_loader()
         self._report_start()
-        if self.is_main:
-            assert self.folder is not None
-            self.wandb = WandbMirror(self.config.wandb)
-            self.wandb.start(config=to_dict(self.config), run_id=self.folder.run_id, folder=self.folder.path)
         self.stop_requests.listen()
         self.watchdog.feed()
         gc.collect()
@@ -451,11 +433,8 @@ class Trainer:
         """Goes back to the last checkpoint and goes on with the samples after those read since: they are skipped."""
         with self.processes.together():
             path = ""
-            if self.is_main:
-                assert self.writer is not None
-                self.writer.wait()
-                self.writer.raise_error()
-                path = str(checkpoint.resolve(self.writer.folder).path or "")
+            if self.records is not None:
+                path = str(self.records.newest_checkpoint() or "")
         path = self.processes.share(path)
         if not path:
             self._say("no checkpoint to rewind to yet: training goes on")
@@ -466,11 +445,10 @@ class Trainer:
         self.position = end
         self.skipped_samples.append(skipped)
         with self.processes.together():
-            if self.is_main:
-                assert self.run_log is not None
-                self.run_log.truncate_after(self.step)
+            if self.records is not None:
+                self.records.log.truncate_after(self.step)
                 row = {"step": self.step, "skipped_first_sample": skipped[0], "skipped_end_sample": skipped[1]}
-                self.run_log.append("ledger", row)
+                self.records.append_ledger(row)
         self._start_loader()
         self._say(
             f"rewound from step {spiked_step} to step {self.step}; samples {skipped[0]} to {skipped[1] - 1} are skipped"
@@ -479,16 +457,9 @@ class Trainer:
     def finish(self, *, stopped: bool = False) -> None:
         """Waits for the last checkpoint, writes the run's status and says how it ended."""
         with self.processes.together():
-            if self._trouble is not None:
-                raise self._trouble
-            if self.is_main:
-                assert self.writer is not None and self.run_log is not None and self.folder is not None
-                self.writer.wait()
-                self.writer.raise_error()
-                self.run_log.sync()
+            if self.records is not None:
                 reason = self._stop_reason() if stopped else ""
-                self.folder.set_status("preempted" if stopped else "finished", step=self.step, reason=reason)
-        self._ended = "preempted" if stopped else "finished"
+                self.records.finish("preempted" if stopped else "finished", step=self.step, reason=reason)
         if stopped:
             self._say(f"stopped at step {self.step} ({self._stop_reason()}); the same command continues from there")
         else:
@@ -500,18 +471,9 @@ class Trainer:
         self.stop_requests.stop_listening()
         gc.enable()
         gc.unfreeze()
-        if self._progress is not None:
-            self._progress.close()
-        if self.writer is not None:
-            self.writer.wait()
-        if self.wandb is not None:
-            self.wandb.finish("finished" if failure is None else "failed")
-        if self.run_log is not None:
-            self.run_log.close()
-        if self.folder is not None:
-            if failure is not None and self._ended is None:
-                self.folder.set_status("failed", step=self.step, reason=failure)
-            self.folder.close()
+        self.progress.close()
+        if self.records is not None:
+            self.records.close(step=self.step, failure=failure)
         if failure is None:  # after a failure, peers may be gone and taking leave of them would wait for ever
             self.accelerator.end_training()
 
@@ -558,7 +520,7 @@ class Trainer:
             "skipped_samples": self.skipped_samples,
             "evaluated_step": self.evaluated_step,
             "evaluation_due": self.due(self.config.training.eval_every) and self.evaluated_step != self.step,
-            "best_loss": self.best_loss,
+            "validation_loss": self.last_loss,
             "loss_history": list(self.spikes.history),
             "scaler": scaler.state_dict() if scaler is not None else None,
             "optimizer": optimizer_scalars(self.raw_optimizer),
@@ -589,15 +551,32 @@ class Trainer:
                 )
         return data
 
+    def _load_tokenizer(self) -> Tokenizer:
+        """The tokenizer that made the data.
+
+        Raises: UserError in every process if its vocabulary is not the one that the manifest names.
+        """
+        with self.processes.together():
+            info, file = self.data.tokenizer_info, self.data.sets[0].tokenizer_file
+            tokenizer = load_tokenizer(str(file) if file is not None else info.name)
+            if tokenizer.sha256 != info.sha256:
+                raise UserError(
+                    f"{self.data.sets[0].path} was made with a tokenizer {info.name!r} of sha256 {info.sha256[:12]}, but "
+                    f"the one here has {tokenizer.sha256[:12]}; prepare the data again"
+                )
+        return tokenizer
+
     def _first_micro_batch_size(self) -> int:
         size = self.config.training.micro_batch_size
         if size != "auto":
             return size
         with self.processes.together():
+            from toolkit.training.plan import largest_micro_batch
+
             fitting = largest_micro_batch(
                 self.config,
-                self.precision,
-                memory_bytes=_device_memory(self.device),
+                precision=self.precision,
+                memory_bytes=device_memory_bytes(self.device),
                 num_processes=self.processes.count,
             )
         return self.processes.smallest(fitting)
@@ -621,9 +600,6 @@ class Trainer:
         self.raw_optimizer = optimizer or build_optimizer(model, config.optimizer, device_type=self.device.type)
         self.model, self.optimizer = self.accelerator.prepare(self.raw_model, self.raw_optimizer)
         self.parameters = [parameter for parameter in self.raw_model.parameters() if parameter.requires_grad]
-        self.compiled, line = should_compile(config.training.compile, self.device)
-        if line:
-            self._say(line)
         if self.compiled:
             # In place, so that names stay plain, and last, so that the autocast of `prepare` is compiled with it.
             self.raw_model.compile()
@@ -636,33 +612,25 @@ class Trainer:
                 tensors = load_weights(source, self.config.model)
         load_canonical(model, self.processes.share_tensors(tensors))
 
-    def _open_folder(self) -> None:
-        """The run folder, locked, by the main process; every process learns where to start from.
+    def _open_records(self) -> tuple[Path | None, bool]:
+        """(the checkpoint to start from or None, whether the run is finished already), the same in every process.
 
         Raises: UserError in every process if another run holds the folder, the recipe differs, or all checkpoints are
         damaged.
         """
-        start, finished = "", False
+        start, finished_at = "", None
         with self.processes.together():
             if self.is_main:
-                self.folder = RunFolder(Path(self.config.run.dir))
-                opened = self.folder.open(
-                    self.config, data_fingerprint=self.data.fingerprint, layout=self.layout(), argv=sys.argv
-                )
-                for line in opened.lines:
-                    self._say(line)
-                resolved = opened.resolved
-                self.run_log = RunLog(self.folder.path)
-                self.writer = checkpoint.CheckpointWriter(
-                    self.folder.path / "checkpoints", self.config.checkpoint, resolved=resolved
-                )
-                start = str(resolved.path or self._other_run(opened.is_new))
-        start = self.processes.share(start)
-        self._start = Path(start) if start else None
-
-    def _other_run(self, is_new: bool) -> str:
-        other = self.config.run.resume_from
-        return "" if other is None else str(checkpoint.find_checkpoint(Path(other)))
+                self.records = RunRecords(self.config, data_fingerprint=self.data.fingerprint, layout=self.layout())
+                start, finished_at = str(self.records.start or ""), self.records.finished_at
+        start, finished_at = self.processes.share([start, finished_at])
+        finished = finished_at is not None and finished_at >= self.config.training.max_steps
+        if finished:
+            self._say(
+                f"{self.config.run.dir}: finished at step {finished_at} already; raise --training.max-steps to train on, "
+                "or use another --run.dir"
+            )
+        return (Path(start) if start else None), finished
 
     def _load(self, path: Path | None) -> None:
         """Weights, moments and counters from a checkpoint, read by the main process and sent to the others."""
@@ -683,7 +651,7 @@ class Trainer:
         self.skipped_steps, self.skipped_in_a_row = state["skipped_steps"], state["skipped_in_a_row"]
         self.skipped_samples = state["skipped_samples"]
         self.evaluated_step, self.evaluation_due = state["evaluated_step"], state["evaluation_due"]
-        self.best_loss = state["best_loss"]
+        self.last_loss = state["validation_loss"]
         self.spikes = SpikeDetector(z_score=self.config.training.spike_z_score, history=state["loss_history"])
         if self.accelerator.scaler is not None and state["scaler"]:
             self.accelerator.scaler.load_state_dict(state["scaler"])
@@ -766,7 +734,11 @@ class Trainer:
             f"{config.training.tokens_per_step:,} tokens a step = {self.micro_batch_size} windows x "
             f"{config.data.sequence_length} tokens x {count} processes x {self.grad_accum_steps} accumulation steps"
         )
-        epochs = config.training.max_steps * self.samples_per_step / self.data.windows(config.data.sequence_length)
+        windows = sum(
+            int(window_counts(data_set, "train", sequence_length=config.data.sequence_length).sum())
+            for data_set in self.data.sets
+        )
+        epochs = config.training.max_steps * self.samples_per_step / windows
         begin = f"from step {self.step}" if self.step else "from the start"
         self._say(f"{begin} to step {config.training.max_steps:,}, which is {epochs:.2f} epochs of the training data")
 
@@ -774,28 +746,13 @@ class Trainer:
 
     def _append(self, metrics: Mapping[str, Any]) -> None:
         """A row of metrics with its step and tokens, into metrics.jsonl (the truth) and W&B (the mirror)."""
-        if self.run_log is None:
-            return
-        row = {"step": self.step, "tokens": self.tokens, **metrics}
-        with self._noting_trouble():
-            self.run_log.append("metrics", row)
-        if self.wandb is not None:
-            self.wandb.log(row)
-
-    @contextmanager
-    def _noting_trouble(self) -> Iterator[None]:
-        """Keeps an error that only the main process meets until the next step, where all processes stop for it."""
-        try:
-            yield
-        except UserError as error:
-            self._trouble = self._trouble or error
+        if self.records is not None:
+            self.records.append_metrics({"step": self.step, "tokens": self.tokens, **metrics})
 
     def _wants_to_stop(self) -> bool:
         """True if this process was asked to stop, has used up its time, or met an error that must end the run."""
-        if self._trouble is None and self.writer is not None and self.writer.error is not None:
-            with self._noting_trouble():
-                self.writer.raise_error()
-        return self._trouble is not None or self.stop_requests.asked() or self._time_is_up()
+        in_trouble = self.records is not None and self.records.in_trouble()
+        return in_trouble or self.stop_requests.asked() or self._time_is_up()
 
     def _anyone_wants_to_stop(self) -> bool:
         """The same over all processes; also tells the watchdog that this process is alive."""
@@ -816,32 +773,6 @@ class Trainer:
         """One line for the user, above the progress bar."""
         if self.is_main:
             logger.info(line)
-
-    def _show_progress(self, result: StepResult, tokens_per_second: float) -> None:
-        """A progress bar on a terminal; elsewhere a line at most every ten seconds."""
-        if not self.is_main:
-            return
-        if sys.stderr.isatty():
-            if self._progress is None:
-                self._progress = tqdm(
-                    total=self.config.training.max_steps, initial=self.step - 1, unit="step", dynamic_ncols=True
-                )
-            self._progress.set_postfix_str(f"loss {result.loss:.4f}, {tokens_per_second:,.0f} tokens/s", refresh=False)
-            self._progress.update(self.step - self._progress.n)
-            return
-        now = time.monotonic()
-        if now - self._last_line >= SECONDS_BETWEEN_LINES or self.step == self.config.training.max_steps:
-            self._last_line = now
-            left = (self.config.training.max_steps - self.step) * result.seconds
-            self._say(
-                f"step {self.step}/{self.config.training.max_steps}: loss {result.loss:.4f}, "
-                f"{tokens_per_second:,.0f} tokens/s, {_duration(left)} left"
-            )
-
-    def _tokenizer_file(self) -> dict[str, bytes]:
-        """A tokenizer of the user's own travels with each checkpoint; the built-in ones are known by name."""
-        path = self.tokenizer.path
-        return {"tokenizer.json": path.read_bytes()} if path is not None else {}
 
     def _collect_garbage(self) -> None:
         if self.step % GARBAGE_EVERY == 0:
@@ -900,55 +831,6 @@ def _accelerator(precision: Precision, *, watchdog_minutes: float) -> Accelerato
     return accelerator
 
 
-def _configure_torch(device: torch.device, *, deterministic: bool) -> None:
-    if device.type == "cuda":
-        # fp32 products on tensor cores, with 10 bits of mantissa: what "fp32" training means on Ampere and later.
-        torch.backends.cuda.matmul.allow_tf32 = True
-        torch.backends.cudnn.allow_tf32 = True
-    if deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts; deterministic needs it
-        torch.use_deterministic_algorithms(True)
-
-
-def _configure_logging(*, is_main: bool) -> None:
-    """The toolkit's messages to stderr, above a progress bar if there is one; other processes keep silent."""
-    root = logging.getLogger("toolkit")
-    if not any(isinstance(handler, _AboveProgress) for handler in root.handlers):
-        handler = _AboveProgress()
-        handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", datefmt="%H:%M:%S"))
-        root.addHandler(handler)
-        root.propagate = False
-    root.setLevel(logging.INFO if is_main else logging.ERROR)
-
-
-class _AboveProgress(logging.Handler):
-    """Writes each message on a line of its own, without tearing tqdm's bar."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        try:
-            tqdm.write(self.format(record), file=sys.stderr)
-        except (OSError, ValueError):
-            self.handleError(record)
-
-
 def _wide(device: torch.device) -> torch.dtype:
     """The floating-point type in which numbers of a step are summed: Apple's GPUs have no float64."""
     return torch.float32 if device.type == "mps" else torch.float64
-
-
-def _peak_memory_gib(device: torch.device) -> float:
-    """Most memory used so far [GiB of 2**30 bytes]: tensors on CUDA, the whole process elsewhere."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / 2**30 if sys.platform == "darwin" else peak / 2**20  # macOS counts bytes, Linux KiB
-
-
-def _duration(seconds: float) -> str:
-    """The two largest units of a duration: 3 d 4 h, 5 h 6 min, 7 min 8 s, 9 s."""
-    units = [("d", 86400), ("h", 3600), ("min", 60), ("s", 1)]
-    whole = round(seconds)
-    for (name, size), (small, smaller) in zip(units, units[1:], strict=False):
-        if whole >= size:
-            return f"{whole // size} {name} {whole % size // smaller} {small}"
-    return f"{whole} s"

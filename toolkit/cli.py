@@ -1,0 +1,372 @@
+"""The `toolkit` command: one subcommand per verb that is not a training run. Each is a thin layer over the library.
+
+Verbs print to stdout; progress and warnings go to stderr. Imports happen inside the verbs, so that `--help` is quick
+and a verb needs only the packages that it uses.
+"""
+
+import codecs
+import json
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+from tyro.conf import Positional
+
+from toolkit.errors import UserError, one_line_errors
+
+
+def prepare(
+    paths: Positional[tuple[str, ...]],
+    /,
+    *,
+    out: Path,
+    tokenizer: str = "gpt2",
+    text_column: str = "text",
+    workers: int | None = None,
+    shard_tokens: int = 100_000_000,
+    val_fraction: float = 0.005,
+) -> None:
+    """Text -> shards: files and folders (.txt, .jsonl, .parquet, also .gz/.zst), hub:DATASET[:CONFIG], or stdlib.
+
+    Killed at any moment, the same command continues; the bytes do not depend on the number of workers.
+
+    Args:
+        paths: files, folders, hub:DATASET[:CONFIG], or stdlib (the source files of Python's own standard library).
+        out: folder for the shards and their manifest.json.
+        tokenizer: gpt2, bytes, or a tokenizer file made by `toolkit tokenizer train`.
+        text_column: field of a JSONL or Parquet row that holds the text.
+        workers: worker processes; None: one per core.
+        shard_tokens: tokens in one shard [tokens].
+        val_fraction: share of the documents that become the validation split [0..1].
+    """
+    from toolkit.data.prepare import prepare as prepare_data
+
+    result = prepare_data(
+        paths,
+        out=out,
+        tokenizer=tokenizer,
+        text_column=text_column,
+        workers=workers,
+        shard_tokens=shard_tokens,
+        val_fraction=val_fraction,
+    )
+    _print_lines(result.lines)
+
+
+def adopt(folder: Positional[Path], /, *, tokenizer: str = "gpt2") -> None:
+    """Shards that others made (llm.c's .bin layout, names with train and val in them) -> a checked manifest.json.
+
+    Args:
+        folder: folder of .bin shards without a manifest.json.
+        tokenizer: what the ids were made with: gpt2, bytes, or a tokenizer file.
+    """
+    from toolkit.data.shards import adopt as adopt_shards
+    from toolkit.data.tokenizer import load_tokenizer
+
+    manifest = adopt_shards(folder, load_tokenizer(tokenizer))
+    for split, shards in manifest.splits.items():
+        print(f"{split}: {len(shards)} shards, {sum(shard.tokens for shard in shards):,} tokens")
+    print(f"{folder}: adopted, fingerprint {manifest.fingerprint[:12]}")
+
+
+def verify(path: Positional[Path], /) -> None:
+    """Checks every byte of a data set, a checkpoint, or all checkpoints of a run against their manifests.
+
+    Args:
+        path: a prepared data folder, a checkpoint folder, or a run folder.
+    """
+    if not path.is_dir():
+        raise UserError(f"there is no folder {path}; give a prepared data set, a checkpoint or a run")
+    if (path / "checkpoints").is_dir() or (path / "model.safetensors").exists() or (path / "state.json").exists():
+        _verify_checkpoints(path)
+        return
+    from toolkit.data.shards import verify_data
+
+    _print_lines(verify_data(path))
+
+
+def _verify_checkpoints(path: Path) -> None:
+    from toolkit.training.checkpoint import step_name, steps_in, verify_checkpoint
+
+    folders = [path]
+    if (path / "checkpoints").is_dir():
+        folders = [path / "checkpoints" / step_name(step) for step in sorted(steps_in(path / "checkpoints"))]
+        if not folders:
+            raise UserError(f"{path} has no checkpoint yet; train until the first one (--training.checkpoint-every)")
+    damaged = []
+    for folder in folders:
+        problems = verify_checkpoint(folder)
+        print(f"{folder}: {'; '.join(problems) or 'ok'}")
+        damaged += [folder.name] * bool(problems)
+    if damaged:
+        raise UserError(
+            f"{len(damaged)} of {len(folders)} damaged: {', '.join(damaged)}; a run skips them when it resumes"
+        )
+
+
+def generate(
+    run: Positional[Path],
+    prompt: Positional[str] = "",
+    /,
+    *,
+    max_new_tokens: int = 200,
+    temperature: float = 0.8,
+    top_k: int | None = 200,
+    top_p: float | None = None,
+    num_samples: int = 1,
+    seed: int = 1337,
+    device: str = "auto",
+) -> None:
+    """Continues a text, printed as it is generated.
+
+    Args:
+        run: a run folder (its newest checkpoint), a checkpoint, or an exported model.
+        prompt: text to continue; empty: the start of a document.
+        max_new_tokens: length of each sample [tokens].
+        temperature: below 1 sharpens the distribution; 0 always takes the likeliest token.
+        top_k: only the k likeliest tokens are drawn from; None: all [count].
+        top_p: only the likeliest tokens that together reach this probability; None: all [0..1].
+        num_samples: texts to generate [count].
+        seed: the same seed gives the same texts.
+        device: auto (an accelerator if there is one), cpu, cuda, ...
+    """
+    from toolkit.evaluation.generate import generate as generate_tokens
+    from toolkit.model.huggingface import load_model
+
+    folder = _model_folder(run)
+    tokenizer = _tokenizer_of(folder)
+    model = load_model(folder, device=_device(device))
+    tokens = generate_tokens(
+        model,
+        tokenizer.encode(prompt),
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        seed=seed,
+        num_samples=num_samples,
+        eot_id=tokenizer.eot_id,
+    )
+    current = -1
+    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")  # a token may end inside a character
+    for sample, token in tokens:
+        if sample != current:
+            _begin_sample(current, sample, prompt, num_samples, decoder)
+            current = sample
+        print(decoder.decode(tokenizer.decode_bytes([token])), end="", flush=True)
+    if current < 0:
+        _begin_sample(current, 0, prompt, num_samples, decoder)
+    print(decoder.decode(b"", True))
+
+
+def _begin_sample(before: int, sample: int, prompt: str, num_samples: int, decoder: codecs.IncrementalDecoder) -> None:
+    if before >= 0:
+        print(decoder.decode(b"", True))
+        decoder.reset()
+    if num_samples > 1:
+        print(f"--- sample {sample + 1} of {num_samples}")
+    print(prompt, end="", flush=True)
+
+
+def evaluate(
+    run: Positional[Path],
+    /,
+    *,
+    data: Annotated[tuple[str, ...] | None, tyro.conf.arg(name="data.path")] = None,
+    sequence_length: int | None = None,
+    max_tokens: int | None = None,
+    micro_batch_size: int = 8,
+    device: str = "auto",
+) -> None:
+    """Loss, perplexity and bits per byte on the validation split.
+
+    Args:
+        run: a run folder (its newest checkpoint), a checkpoint, or an exported model.
+        data: prepared sets; None: those of the run's recipe.
+        sequence_length: T of the windows; None: the recipe's, or the model's context [tokens].
+        max_tokens: evaluates the first windows up to this many tokens; None: the recipe's limit [tokens].
+        micro_batch_size: windows per forward [windows].
+        device: auto (an accelerator if there is one), cpu, cuda, ...
+    """
+    from toolkit.config import EvaluationConfig
+    from toolkit.data.loader import open_data, validation_loader
+    from toolkit.evaluation.loss import evaluate as evaluate_model
+    from toolkit.model.huggingface import load_model
+
+    folder = _model_folder(run)
+    recipe = _recipe_of(folder)
+    if data is None and recipe is None:
+        raise UserError(f"{folder} has no recipe that names its data; say which with --data.path DIR")
+    paths = data or (recipe.data.path if recipe is not None else ())
+    tokenizer = _tokenizer_of(folder)
+    model = load_model(folder, device=_device(device))
+    if sequence_length is None:
+        sequence_length = recipe.data.sequence_length if recipe is not None else model.config.context_length
+    if sequence_length > model.config.context_length:
+        raise UserError(
+            f"sequence_length={sequence_length} is longer than the model's context_length={model.config.context_length}; "
+            f"use at most {model.config.context_length}"
+        )
+    limit = max_tokens or (recipe.evaluation if recipe is not None else EvaluationConfig()).max_tokens
+    opened = open_data(paths)
+    if opened.tokenizer_info.sha256 != tokenizer.sha256:
+        raise UserError(
+            f"{', '.join(paths)} was made with tokenizer {opened.tokenizer_info.name!r}, the model was trained with "
+            f"{tokenizer.name!r}; evaluate on data of the model's own tokenizer"
+        )
+    for data_set in opened.sets:
+        batches = validation_loader(
+            data_set, sequence_length=sequence_length, max_tokens=limit, micro_batch_size=micro_batch_size
+        )
+        result = evaluate_model(model, batches, tokenizer.token_bytes())
+        assert result is not None
+        print(f"{data_set.path}: {result.tokens:,} tokens of the validation split, {result.utf8_bytes:,} bytes")
+        print(f"  loss          {result.loss:.6f} nats per token")
+        print(f"  perplexity    {result.perplexity:.4f}")
+        print(f"  bits per byte {result.bits_per_byte:.6f}")
+
+
+def export(run: Positional[Path], out: Positional[Path], /) -> None:
+    """A checkpoint -> a folder for transformers, with tokenizer files: pipeline("text-generation", model=DIR) runs.
+
+    Args:
+        run: a run folder (its newest checkpoint) or a checkpoint.
+        out: folder to make.
+    """
+    from toolkit.data.tokenizer import write_transformers_files
+    from toolkit.model.huggingface import export as export_model
+
+    folder = _model_folder(run)
+    tokenizer = _tokenizer_of(folder)
+    export_model(folder, out)
+    write_transformers_files(tokenizer, out)
+    print(f'{out}: exported from {folder}; in Python: transformers.pipeline("text-generation", model="{out}")')
+
+
+def tokenizer_train(
+    paths: Positional[tuple[str, ...]], /, *, vocab_size: int, out: Path, text_column: str = "text"
+) -> None:
+    """Trains a byte-level BPE of your own.
+
+    Args:
+        paths: files and folders to learn from, as for `toolkit prepare`.
+        vocab_size: ids in all, the 256 bytes and end-of-text included [ids].
+        out: tokenizer file to write, for `toolkit prepare --tokenizer FILE`.
+        text_column: field of a JSONL or Parquet row that holds the text.
+    """
+    from toolkit.data.tokenizer import train_tokenizer
+
+    tokenizer = train_tokenizer(paths, vocab_size=vocab_size, out=out, text_column=text_column)
+    print(f"{out}: {tokenizer.vocab_size:,} ids, sha256 {tokenizer.sha256[:12]}")
+
+
+def wandb_sync(
+    run: Positional[Path], /, *, mode: Literal["online", "offline"] = "online", project: str | None = None
+) -> None:
+    """A run's metrics.jsonl -> Weights & Biases: each step once, in order, whatever crashed in between.
+
+    Args:
+        run: run folder.
+        mode: online: to the server; offline: a W&B file in the run folder.
+        project: W&B project; None: the recipe's.
+    """
+    from toolkit.training.wandb_sync import wandb_sync as sync
+
+    _print_lines(sync(run, mode=mode, project=project))
+
+
+_VERBS = {
+    "prepare": prepare,
+    "adopt": adopt,
+    "verify": verify,
+    "generate": generate,
+    "evaluate": evaluate,
+    "export": export,
+    "wandb-sync": wandb_sync,
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The entry point of the `toolkit` command."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    with one_line_errors():
+        _log_to_stderr()
+        if given[:1] == ["tokenizer"]:
+            tyro.extras.subcommand_cli_from_dict(
+                {"train": tokenizer_train},
+                prog="toolkit tokenizer",
+                description="A tokenizer of one's own.",
+                args=given[1:],
+            )
+        else:
+            tyro.extras.subcommand_cli_from_dict(
+                _VERBS,
+                prog="toolkit",
+                description="GPT-2 pretraining: prepare data, look after checkpoints, use models. Training runs are started "
+                "with `accelerate launch recipes/...`; `toolkit tokenizer train` makes a tokenizer of one's own.",
+                args=given,
+            )
+
+
+def _log_to_stderr() -> None:
+    root = logging.getLogger("toolkit")
+    if not root.handlers:
+        root.addHandler(logging.StreamHandler())
+        root.propagate = False
+    root.setLevel(logging.INFO)
+
+
+def _print_lines(lines: "Sequence[str] | object") -> None:
+    for line in lines:  # type: ignore[attr-defined]
+        print(line, flush=True)
+
+
+def _device(name: str) -> str:
+    import torch
+
+    if name != "auto":
+        try:
+            torch.empty(1, device=name)
+        except (RuntimeError, AssertionError) as error:
+            raise UserError(
+                f"--device {name} is not usable here ({str(error).splitlines()[0]}); use auto or cpu"
+            ) from None
+        return name
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return accelerator.type if accelerator is not None else "cpu"
+
+
+def _model_folder(run: Path) -> Path:
+    """The folder with the model: the newest valid checkpoint of a run, a checkpoint, or an exported model."""
+    from toolkit.training.checkpoint import find_checkpoint
+
+    if (run / "config.json").exists() and not (run / "state.json").exists():
+        return run  # exported, or published by others
+    return find_checkpoint(run)
+
+
+def _recipe_of(folder: Path):  # type: ignore[no-untyped-def]
+    from toolkit.config import load_recipe
+
+    return load_recipe(folder / "recipe.json") if (folder / "recipe.json").exists() else None
+
+
+def _tokenizer_of(folder: Path):  # type: ignore[no-untyped-def]
+    """The tokenizer of a checkpoint or an exported model, checked against the one that the checkpoint names."""
+    from toolkit.data.tokenizer import load_tokenizer
+
+    if not (folder / "manifest.json").exists():
+        own = folder / "tokenizer.json"
+        return load_tokenizer(str(own) if own.exists() else "gpt2")
+    info = json.loads((folder / "manifest.json").read_text())["tokenizer"]
+    own = folder / "tokenizer.json"
+    tokenizer = load_tokenizer(str(own) if own.exists() else info["name"])
+    if tokenizer.sha256 != info["sha256"]:
+        raise UserError(
+            f"{folder} was trained with a tokenizer {info['name']!r} of sha256 {info['sha256'][:12]}, but the one here has "
+            f"{tokenizer.sha256[:12]}; use the toolkit's version that trained it"
+        )
+    return tokenizer

@@ -1,0 +1,166 @@
+"""What a run leaves behind, held by the main process alone: run folder, logs, checkpoints, the W&B mirror.
+
+An error that only the main process can meet (a full disk, say) is kept as `trouble` until the next step's reduction
+tells all processes to stop; then `check` raises it. metrics.jsonl is the truth and must be written; W&B mirrors it and
+can fail without consequence.
+"""
+
+import logging
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+from torch import Tensor
+
+from toolkit.config import TrainConfig, to_dict
+from toolkit.errors import UserError, describe_os_error
+from toolkit.training import checkpoint
+from toolkit.training.metrics import RunLog
+from toolkit.training.run_folder import RunFolder
+from toolkit.training.wandb_mirror import WandbMirror
+
+logger = logging.getLogger(__name__)
+
+
+class RunRecords:
+    """The open records of one run; its folder is locked from the first moment until `close`."""
+
+    def __init__(self, config: TrainConfig, *, data_fingerprint: str, layout: Mapping[str, Any]) -> None:
+        """Opens the folder and finds the checkpoint to start from.
+
+        Raises: UserError if another process holds the folder, the recipe differs, or all checkpoints are damaged.
+        """
+        self.config = config
+        self.trouble: Exception | None = None
+        self.folder = RunFolder(Path(config.run.dir))
+        self.log = RunLog(self.folder.path)
+        self.wandb = WandbMirror(config.wandb)
+        self._ended: Literal["finished", "preempted"] | None = None
+        try:
+            before = self.folder.status() or {}
+            opened = self.folder.open(config, data_fingerprint=data_fingerprint, layout=layout, argv=sys.argv)
+            for line in opened.lines:
+                logger.info(line)
+            newest = opened.resolved.path
+            self.writer = checkpoint.CheckpointWriter(
+                self.folder.checkpoints, config.checkpoint, resolved=opened.resolved
+            )
+            self.resumed = newest is not None
+            self.start = newest or self._other_run()
+            step = checkpoint.step_of(newest.name) if newest is not None else None
+            self.finished_at = step if before.get("status") == "finished" else None
+        except BaseException:
+            self.folder.close()
+            raise
+
+    def _other_run(self) -> Path | None:
+        """The checkpoint of another run that a new run starts from, if one was asked for."""
+        other = self.config.run.resume_from
+        return None if other is None else checkpoint.find_checkpoint(Path(other))
+
+    def begin(self, step: int) -> None:
+        """Brings the logs back to the step that the run starts from, and starts the W&B mirror."""
+        for line in self.log.truncate_after(step):
+            logger.info(line)
+        self.folder.set_status("running", step=step)
+        self.wandb.start(to_dict(self.config), self.folder.run_id, folder=self.folder.path)
+
+    @contextmanager
+    def noting_trouble(self) -> Iterator[None]:
+        """Keeps an error until all processes can stop for it."""
+        try:
+            yield
+        except (UserError, OSError) as error:
+            self.trouble = self.trouble or error
+
+    def append_metrics(self, row: Mapping[str, Any]) -> None:
+        """One row of metrics, into metrics.jsonl and W&B."""
+        with self.noting_trouble():
+            self.log.append("metrics", row)
+        self.wandb.log(row)
+
+    def append_ledger(self, row: Mapping[str, Any]) -> None:
+        """One row of the ledger: what a step was trained on."""
+        with self.noting_trouble():
+            self.log.append("ledger", row)
+
+    def append_samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Texts that the model wrote, into samples.jsonl and W&B."""
+        with self.noting_trouble():
+            for row in rows:
+                self.log.append("samples", row)
+        self.wandb.log_samples(step, rows)
+
+    def in_trouble(self) -> bool:
+        """True if something has failed that must end the run, also a save in the background."""
+        if self.trouble is None:
+            self.trouble = self.writer.error
+        return self.trouble is not None
+
+    def check(self) -> None:
+        """Raises what has failed, as a `UserError` where the user can do something about it."""
+        if self.in_trouble():
+            assert self.trouble is not None
+            raise self.trouble
+
+    def save(
+        self,
+        step: int,
+        *,
+        model: Mapping[str, Tensor],
+        optimizer: Mapping[str, Tensor],
+        state: Mapping[str, Any],
+        config_json: Mapping[str, Any],
+        manifest: Mapping[str, Any],
+        validation_loss: float | None,
+        tokenizer_file: Path | None,
+        blocking: bool,
+    ) -> None:
+        """A checkpoint; unless `blocking`, this returns when the copy in memory is made.
+
+        Raises: UserError if this save (blocking) or the one before (in the background) failed.
+        """
+        self.log.sync()  # the rows up to a checkpoint are as durable as the checkpoint
+        extra = self.folder.copies()
+        if tokenizer_file is not None:  # one of the user's own; the built-in ones are known by name
+            extra["tokenizer.json"] = tokenizer_file.read_bytes()
+        self.writer.snapshot(
+            step,
+            model=model,
+            optimizer=optimizer,
+            state=state,
+            config_json=config_json,
+            manifest=manifest,
+            validation_loss=validation_loss,
+            extra=extra,
+        )
+        self.writer.write(blocking=blocking)
+        self.folder.set_status("running", step=step)
+
+    def newest_checkpoint(self) -> Path | None:
+        """The newest valid checkpoint, once the save in flight is done."""
+        self.writer.wait()
+        self.writer.raise_error()
+        return checkpoint.resolve(self.folder.checkpoints).path
+
+    def finish(self, ended: Literal["finished", "preempted"], *, step: int, reason: str) -> None:
+        """Waits until the last checkpoint is on the disk, then writes the status that says how the run ended."""
+        self.writer.wait()
+        self.check()
+        self.log.sync()
+        self.folder.set_status(ended, step=step, reason=reason)
+        self._ended = ended
+
+    def close(self, *, step: int, failure: str | None) -> None:
+        """Ends W&B's run, closes the logs and lets go of the folder; never raises."""
+        self.writer.wait()
+        self.wandb.finish(self._ended or "failed")
+        try:
+            self.log.close()
+            if failure is not None and self._ended is None:
+                self.folder.set_status("failed", step=step, reason=failure)
+        except OSError as error:  # the disk that made the run fail cannot take the status either
+            logger.error("status.json could not be written: %s", describe_os_error(error))
+        self.folder.close()
