@@ -18,12 +18,11 @@ import subprocess
 import sys
 import time
 import urllib.parse
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 from toolkit.config import WandbConfig
-from toolkit.training import wandb_worker
 from toolkit.training.redact import redact
 
 logger = logging.getLogger(__name__)
@@ -39,10 +38,12 @@ _MODES: dict[str, Mode] = {
     "run": "online",
     "dryrun": "offline",
 }
+WORKER = Path(__file__).with_name("wandb_worker.py")
+
 # Hosts under which `wandb login` stores a key. Source: wandb 0.31, sdk/lib/urls.py.
 _HOSTS = ("api.wandb.ai", "api.forge.coreweave.com", "forge.coreweave.com")
 
-# Rows that wait for a helper process which is slow to start or stuck; beyond this they are left out and counted.
+# Rows that wait for a helper which is slow to start or stuck [bytes]; beyond this they are left out and counted.
 MAX_WAITING_BYTES = 64 * 2**20
 # How long wandb may take to reach its server at the start [seconds]; training does not wait for it.
 INIT_SECONDS = 60.0
@@ -100,8 +101,91 @@ def has_key(environ: Mapping[str, str]) -> bool:
     return False
 
 
+class WandbProcess:
+    """The helper process and the two pipes to it; nothing here waits unless it says so.
+
+    Raises: OSError from any method if the operating system refuses.
+    """
+
+    def __init__(self, start: Mapping[str, Any]) -> None:
+        # Not `-m toolkit...`: the worker needs nothing of the toolkit, and -P keeps a folder named wandb out of its way.
+        # WANDB_SERVICE would make it share the helper of another wandb process, and lose it when that one ends.
+        self._process = subprocess.Popen(
+            [sys.executable, "-P", str(WORKER)],
+            env={name: value for name, value in os.environ.items() if name != "WANDB_SERVICE"},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,  # Ctrl-C at the terminal is for training to answer
+        )
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._commands, self._answers = self._process.stdin.fileno(), self._process.stdout.fileno()
+        os.set_blocking(self._commands, False)
+        os.set_blocking(self._answers, False)
+        self._unsent = bytearray()
+        self._received = bytearray()
+        self.send({"start": start})
+
+    @property
+    def pid(self) -> int:
+        """The process id of the helper."""
+        return self._process.pid
+
+    @property
+    def exit_status(self) -> int | None:
+        """The exit status of the helper, None while it runs."""
+        return self._process.poll()
+
+    @property
+    def unsent_bytes(self) -> int:
+        """How much the helper has not taken yet."""
+        return len(self._unsent)
+
+    def send(self, message: Mapping[str, Any]) -> None:
+        """Queues a message; `exchange` and `wait` send what is queued."""
+        self._unsent += json.dumps(message).encode() + b"\n"
+
+    def exchange(self) -> list[dict[str, Any]]:
+        """Writes and reads as much as is possible at once; returns the reports that came."""
+        try:
+            while self._unsent:
+                del self._unsent[: os.write(self._commands, self._unsent[: 2**16])]
+        except BlockingIOError:
+            pass
+        except BrokenPipeError:  # it has gone: `exit_status` will say so
+            self._unsent.clear()
+        with contextlib.suppress(BlockingIOError):
+            while data := os.read(self._answers, 2**16):
+                self._received += data
+        *lines, rest = self._received.split(b"\n")
+        self._received = bytearray(rest)
+        return [json.loads(line) for line in lines]
+
+    def wait(self, seconds: float) -> None:
+        """Returns when there is something to exchange, when the helper has ended, or after this time."""
+        # The pipe stays readable for ever at its end; a short sleep there keeps a loop around this from spinning.
+        readable, *_ = select.select([self._answers], [self._commands] if self._unsent else [], [], seconds)
+        if readable and self.exit_status is not None:
+            time.sleep(0.01)
+
+    def close(self, *, patience: float) -> None:
+        """Ends the helper: by itself if it does so in time, else by force."""
+        for action in (
+            lambda: self._process.wait(patience),
+            self._process.kill,
+            lambda: self._process.wait(LEAVE_SECONDS),
+        ):
+            with contextlib.suppress(OSError, subprocess.TimeoutExpired):
+                action()
+        for pipe in (self._process.stdin, self._process.stdout):
+            with contextlib.suppress(OSError):
+                assert pipe is not None
+                pipe.close()
+
+
 class WandbMirror:
-    """A run's mirror in W&B; before `start`, after `finish` and once something is wrong, every method does nothing."""
+    """A run's mirror in W&B; before `start`, after `finish` and once W&B has failed, every method does nothing."""
 
     def __init__(
         self,
@@ -113,14 +197,17 @@ class WandbMirror:
         self._config = config
         self._finish_seconds = finish_seconds
         self._init_seconds = init_seconds
-        self._process: subprocess.Popen[bytes] | None = None
-        self._waiting = bytearray()
-        self._reports = bytearray()
+        self._process: WandbProcess | None = None
         self._started: dict[str, Any] = {}
         self._finished: dict[str, Any] = {}
         self._left_out = 0
         self._warned = False
         self._folder = Path()
+
+    @property
+    def pid(self) -> int | None:
+        """The process id of the helper in which wandb runs, None without one."""
+        return None if self._process is None else self._process.pid
 
     def start(self, config: Mapping[str, Any], run_id: str, *, folder: Path) -> None:
         """Begins to mirror the run with this id and recipe, whose W&B files go below its folder.
@@ -134,10 +221,15 @@ class WandbMirror:
         if mode == "disabled":
             return
         if importlib.util.find_spec("wandb") is None:
-            logger.warning("W&B: the package wandb is not installed, so nothing is recorded there; pip install wandb")
+            self._warn("the package wandb is not installed (pip install wandb)")
             return
         with self._never_raises():
-            self._launch(_start_message(self._config, config, run_id, folder=folder, mode=mode))
+            message = start_message(
+                self._config, config, run_id=run_id, folder=folder, name=folder.resolve().name, mode=mode
+            )
+            limits = {"finish_seconds": max(self._finish_seconds.values()), "init_seconds": self._init_seconds}
+            self._process = WandbProcess(message | limits)
+            self._exchange()
 
     def log(self, row: Mapping[str, Any]) -> None:
         """Sends one row, which holds `step`; rows of the same step become one in W&B."""
@@ -149,119 +241,74 @@ class WandbMirror:
 
     def finish(self, status: Status) -> None:
         """Ends the W&B run as finished, preempted or failed, and says what became of it; returns within the time limit."""
-        process, seconds = self._process, self._finish_seconds[status]
-        if process is None:
-            return
-        self._send({"finish": {"exit_code": int(status != "finished"), "preempted": status == "preempted"}}, last=True)
-        with self._never_raises():
-            self._wait(process, time.monotonic() + seconds)
-        with contextlib.suppress(OSError, subprocess.TimeoutExpired):
-            process.wait(timeout=LEAVE_SECONDS if self._finished else 0)
-        with contextlib.suppress(OSError, subprocess.TimeoutExpired):
-            process.kill()  # does nothing to a process that has ended
-            process.wait(timeout=LEAVE_SECONDS)
-        self._process = None
-        for line in self._closing_lines(seconds):
-            logger.info("%s", line)
-
-    def _launch(self, message: Mapping[str, Any]) -> None:
-        # Not `-m toolkit...`: the worker needs nothing of the toolkit, and -P keeps a folder named wandb out of its way.
-        # WANDB_SERVICE would make it share the helper of another wandb process, whose end would be its own.
-        self._process = subprocess.Popen(
-            [sys.executable, "-P", wandb_worker.__file__],
-            env={name: value for name, value in os.environ.items() if name != "WANDB_SERVICE"},
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,  # Ctrl-C at the terminal is for training to answer
-        )
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        os.set_blocking(self._process.stdin.fileno(), False)
-        os.set_blocking(self._process.stdout.fileno(), False)
-        start = dict(message, finish_seconds=max(self._finish_seconds.values()), init_seconds=self._init_seconds)
-        self._send({"start": start})
-
-    def _send(self, message: Mapping[str, Any], *, last: bool = False) -> None:
         if self._process is None:
             return
-        if len(self._waiting) > MAX_WAITING_BYTES and not last:
-            self._left_out += 1
-        else:
-            with self._never_raises():
-                self._waiting += json.dumps(message).encode() + b"\n"
         with self._never_raises():
-            self._exchange(self._process)
+            deadline = time.monotonic() + self._finish_seconds[status]
+            self._process.send(finish_message(status))
+            self._exchange()
+            while not self._finished and self._process is not None and (left := deadline - time.monotonic()) > 0:
+                self._process.wait(min(left, 0.1))
+                self._exchange()
+        if self._process is not None:  # else it has ended, which was said
+            with self._never_raises():
+                self._process.close(patience=LEAVE_SECONDS if self._finished else 0)
+            self._say_what_became_of_it(self._finish_seconds[status])
+        self._process = None
 
-    def _exchange(self, process: subprocess.Popen[bytes]) -> None:
-        """Writes and reads as much as is possible without waiting; notices when the helper process has ended."""
-        assert process.stdin is not None
-        assert process.stdout is not None
-        try:
-            while self._waiting:
-                del self._waiting[: os.write(process.stdin.fileno(), self._waiting[: 2**16])]
-        except BlockingIOError:
-            pass
-        except BrokenPipeError:
-            self._waiting.clear()
-        try:
-            while data := os.read(process.stdout.fileno(), 2**16):
-                self._reports += data
-        except BlockingIOError:
-            pass
-        while b"\n" in self._reports:
-            line, _, self._reports = self._reports.partition(b"\n")
-            self._take(json.loads(line))
-        if process.poll() is not None and not self._finished:
-            self._warn(f"its helper process ended with status {process.returncode}")
+    def _send(self, message: Mapping[str, Any]) -> None:
+        if self._process is None:
+            return
+        with self._never_raises():
+            if self._process.unsent_bytes > MAX_WAITING_BYTES:
+                self._left_out += 1
+            else:
+                self._process.send(message)
+            self._exchange()
+
+    def _exchange(self) -> None:
+        assert self._process is not None
+        ended = self._process.exit_status  # before the last reports are read, so that none is lost
+        for report in self._process.exchange():
+            if "warning" in report:
+                self._warn(report["warning"])
+            elif "started" in report:
+                self._started = report["started"]
+                if self._started["url"]:
+                    logger.info("W&B: %s", self._started["url"])
+            elif "finished" in report:
+                self._finished = report["finished"]
+        if ended is not None and not self._finished:
+            self._warn(f"its helper process ended with status {ended}")
+            self._process.close(patience=0)
             self._process = None
 
-    def _take(self, report: Mapping[str, Any]) -> None:
-        if "warning" in report:
-            self._warn(report["warning"])
-        elif "started" in report:
-            self._started = report["started"]
-            logger.info("W&B: %s", self._started["url"] or f"recording offline in {self._started['dir']}")
-        elif "finished" in report:
-            self._finished = report["finished"]
-
-    def _wait(self, process: subprocess.Popen[bytes], deadline: float) -> None:
-        assert process.stdin is not None
-        assert process.stdout is not None
-        while (left := deadline - time.monotonic()) > 0 and self._process is not None and process.poll() is None:
-            to_write = [process.stdin] if self._waiting else []
-            select.select([process.stdout], to_write, [], min(left, 0.05))
-            self._exchange(process)
-            if self._finished:  # what it still does is of no interest
-                return
-
-    def _closing_lines(self, seconds: float) -> list[str]:
+    def _say_what_became_of_it(self, seconds: float) -> None:
         sync = f"`toolkit wandb-sync {self._folder}`"
-        left_out = self._left_out + self._finished.get("left_out", 0)
         if not self._finished:
-            return [f"W&B: not everything was recorded within {seconds:g} s; metrics.jsonl is complete: {sync}"]
-        if not self._finished["complete"]:
-            return [f"W&B: not everything was recorded; metrics.jsonl is complete: {sync}"]
-        lines = []
-        if left_out:
-            lines.append(
-                f"W&B: {left_out} rows of steps that it had already were not sent again; for a fresh copy: {sync}"
-            )
+            self._warn(f"not everything was recorded within {seconds:g} s")
+            return
+        if self._left_out:
+            self._warn(f"{self._left_out} rows were left out because it did not take them for too long")
+        elif not self._finished["complete"]:
+            self._warn("not everything was recorded")
+        if self._finished["left_out"]:
+            logger.info("W&B: it had %d of these rows already and keeps its own", self._finished["left_out"])
         if self._started.get("mode") == "offline":
-            lines.append(f"W&B: recorded offline in {self._started['dir']}; to send it, after `wandb login`: {sync}")
-        return lines
+            logger.info("W&B: recorded offline in %s; to send it, after `wandb login`: %s", self._started["dir"], sync)
 
     def _warn(self, text: str) -> None:
         if not self._warned:
             self._warned = True
             logger.warning(
-                "W&B: %s; training goes on, metrics.jsonl is complete, and `toolkit wandb-sync %s` brings it to W&B later",
+                "W&B: %s; training does not depend on it, metrics.jsonl has every row, and `toolkit wandb-sync %s` "
+                "brings them to W&B later",
                 redact(text),
                 self._folder,
             )
 
     @contextlib.contextmanager
-    def _never_raises(self) -> Any:
+    def _never_raises(self) -> Iterator[None]:
         try:
             yield
         except Exception as error:  # W&B is worth no training run
@@ -269,10 +316,10 @@ class WandbMirror:
             self._warn(f"{type(error).__name__}: {error}")
 
 
-def _start_message(
-    settings: WandbConfig, config: Mapping[str, Any], run_id: str, *, folder: Path, mode: Mode
+def start_message(
+    settings: WandbConfig, config: Mapping[str, Any], *, run_id: str, folder: Path, name: str, mode: Mode
 ) -> dict[str, Any]:
-    """What the helper process is told about the run: nothing secret, nothing about this machine.
+    """What the helper process is told about a run besides its time limits: nothing secret, nothing about this machine.
 
     WANDB_PROJECT, WANDB_ENTITY, WANDB_NAME and WANDB_TAGS count where the configuration says nothing of its own.
     """
@@ -282,8 +329,20 @@ def _start_message(
     said = {
         "config": config,
         "entity": settings.entity or environ.get("WANDB_ENTITY") or None,
-        "name": settings.name or environ.get("WANDB_NAME") or folder.resolve().name,
+        "name": settings.name or environ.get("WANDB_NAME") or name,
         "project": project or settings.project,
         "tags": list(tags),
     }
-    return {**redact(said), "folder": str(folder.resolve()), "id": run_id, "mode": mode, "resume": "allow"}
+    return {
+        **redact(said),
+        "continue_local": True,
+        "folder": str(folder.resolve()),
+        "id": run_id,
+        "may_fall_back": True,
+        "mode": mode,
+    }
+
+
+def finish_message(status: Status) -> dict[str, Any]:
+    """What the helper process is told at the end of a run."""
+    return {"finish": {"exit_code": int(status != "finished"), "preempted": status == "preempted"}}

@@ -1,11 +1,11 @@
 """Lines of JSON on stdin -> a W&B run: the program that `wandb_mirror` starts, and the only file that imports wandb.
 
 Why a process of its own: whatever wandb does (hang in `init` or `finish`, die, install exit hooks and signal handlers,
-print, prompt) happens to this process and not to training; and when training is killed, this one still sees the end
-of its input and finishes the run with every row it was sent. It needs nothing of the toolkit, ends when its input
-ends, and never lives longer than its time limits after that.
+print, prompt) happens to this process and not to training; and when training is killed, this one sees the end of its
+input and still finishes the run with every row it was sent. It needs nothing of the toolkit, and it ends by itself
+within its time limits after its input does.
 
-Input, one object a line: {"start": {...}} first, then {"log": row}, {"samples": rows, "step": n}, {"finish": {...}}.
+Input, one object a line: {"start": {...}} first, then {"log": row} and {"samples": rows, "step": n}, {"finish": {...}}.
 Output, one object a line: {"started": {...}}, {"warning": text}, {"finished": {...}}.
 """
 
@@ -15,6 +15,7 @@ import json
 import os
 import signal
 import socket
+import struct
 import threading
 import time
 import urllib.parse
@@ -29,10 +30,8 @@ MAX_FAILURES = 3
 CONNECT_SECONDS = 5.0
 # How much longer than its own limits wandb may take before this process ends itself [seconds].
 GRACE_SECONDS = 15.0
-# The worker of a killed start may still be finishing the same run; the next one waits this long for it [seconds].
+# The helper of a killed start may still be finishing the same run; the next one waits this long for it [seconds].
 PREDECESSOR_SECONDS = 60.0
-# What a run's own x axis and its second one are called in every row.
-STEP = "step"
 
 
 def main() -> None:
@@ -43,12 +42,12 @@ def main() -> None:
     os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # wandb's own telemetry
     commands, reports = _private_pipes()
     first = commands.readline()
-    if first:
+    if first.endswith(b"\n"):
         Worker(json.loads(first)["start"], reports).run(commands)
 
 
 def _private_pipes() -> tuple[BinaryIO, BinaryIO]:
-    """Our stdin and stdout under other numbers, so that neither wandb nor its helper process can use or hold them."""
+    """Our stdin and stdout under other numbers, so that neither wandb nor its own helper can use or hold them."""
     commands, reports = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb", buffering=0)
     null = os.open(os.devnull, os.O_RDWR)
     os.dup2(null, 0)
@@ -71,7 +70,7 @@ class Worker:
         """Starts the run, mirrors every line until the input ends, and finishes the run."""
         threading.Thread(target=self._end_without_parent, args=(os.getppid(),), daemon=True).start()
         lock = _lock(Path(self._start["folder"]) / "wandb")
-        with _time_limit(self._start["init_seconds"] * 2 + PREDECESSOR_SECONDS + GRACE_SECONDS):
+        with self._time_limit("start", self._start["init_seconds"] * 2 + GRACE_SECONDS):
             self._try(self._open)
         finish: dict[str, Any] = {"exit_code": 1, "preempted": False}  # the input ended without a word: a crash
         for command in _lines(commands):
@@ -80,16 +79,10 @@ class Worker:
                 break
             if self._wandb_run is not None and self._failures < MAX_FAILURES:
                 self._try(self._log_samples if "samples" in command else self._log, command)
-        with _time_limit(self._start["finish_seconds"] + GRACE_SECONDS):
+        with self._time_limit("finish", self._start["finish_seconds"] + GRACE_SECONDS):
             self._close(finish)
-        del lock
-
-    def _end_without_parent(self, parent: int) -> None:
-        """Ends this process a bounded time after the one that started it, even if wandb hangs while logging."""
-        while os.getppid() == parent:
-            time.sleep(1)
-        time.sleep(self._start["finish_seconds"] + 2 * GRACE_SECONDS)
-        os._exit(1)
+        if lock is not None:
+            os.close(lock)
 
     def _open(self) -> None:
         import wandb
@@ -97,23 +90,28 @@ class Worker:
         start = self._start
         mode: Literal["online", "offline"] = start["mode"]
         if mode == "online" and (problem := _unreachable(wandb.setup().settings.base_url)):
+            if not start["may_fall_back"]:
+                raise ConnectionError(problem)
             self._report(warning=f"{problem}; recording offline")
             mode = "offline"
         try:
-            self._wandb_run = self._init(mode)
+            run = self._init(mode)
         except Exception as error:
-            if mode == "offline":
+            if mode == "offline" or not start["may_fall_back"]:
                 raise
             self._report(warning=f"{_describe(error)}; recording offline")
-            wandb.teardown()
-            self._wandb_run = self._init("offline")
-        run = self._wandb_run
+            mode = "offline"
+            wandb.teardown()  # the next init starts a new helper, whatever became of this one
+            run = self._init(mode)
+        run.define_metric("step")
+        run.define_metric("*", step_metric="step")
+        self._wandb_run = run
+        sync_dir = Path(run.settings.sync_dir)
         if run.resumed:
             self._next_step = run.starting_step
-        run.define_metric(STEP)
-        run.define_metric("*", step_metric=STEP)
-        sync_dir = Path(run.settings.sync_dir)
-        self._report(started={"mode": mode if not run.offline else "offline", "dir": str(sync_dir), "url": run.url})
+        elif mode == "offline" and start["continue_local"]:
+            self._next_step = _last_local_step(sync_dir.parent, start["id"], without=sync_dir) + 1
+        self._report(started={"mode": mode, "dir": str(sync_dir), "url": run.url, "next_step": self._next_step})
         if Path(start["folder"]).resolve() not in sync_dir.resolve().parents:
             self._report(warning=f"cannot write below {start['folder']}; its files are in {sync_dir}")
 
@@ -144,16 +142,16 @@ class Worker:
             mode=mode,
             name=start["name"],
             project=start["project"],
-            resume=start["resume"],
+            resume="allow",
             settings=settings,
             tags=start["tags"],
         )
 
     def _log(self, command: dict[str, Any]) -> None:
         row = command["log"]
-        if self._is_new(row[STEP]):
+        if self._is_new(row["step"]):
             # Rows of one step are gathered into one: wandb writes them when the step after it comes, or at the end.
-            self._wandb_run.log(row, step=row[STEP])
+            self._wandb_run.log(row, step=row["step"])
 
     def _log_samples(self, command: dict[str, Any]) -> None:
         import wandb
@@ -162,7 +160,7 @@ class Worker:
         if rows and self._is_new(step):
             columns = list(rows[0])
             table = wandb.Table(columns=columns, data=[[row.get(name) for name in columns] for row in rows])
-            self._wandb_run.log({"samples": table, STEP: step}, step=step)
+            self._wandb_run.log({"samples": table, "step": step}, step=step)
 
     def _is_new(self, step: int) -> bool:
         if step < self._next_step:
@@ -176,16 +174,16 @@ class Worker:
         complete = run is not None and not self._failures
         if run is not None and self._failures < MAX_FAILURES:
             if finish["preempted"]:
-                self._try(lambda _: run.mark_preempting(), {})
+                self._try(run.mark_preempting)
             began = time.monotonic()
-            self._try(lambda _: run.finish(exit_code=finish["exit_code"]), {})
+            self._try(run.finish, finish["exit_code"])
             complete = not self._failures and time.monotonic() - began < self._start["finish_seconds"]
         self._report(finished={"complete": complete, "left_out": self._left_out})
 
     def _try(self, action: Callable[..., None], *arguments: Any) -> None:
         try:
             action(*arguments)
-        except Exception as error:  # any failure of wandb is reported once, and never more than that
+        except Exception as error:  # whatever fails in wandb is said once, and never stops the rest
             self._failures += 1
             if self._failures == 1:
                 self._report(warning=_describe(error))
@@ -193,6 +191,29 @@ class Worker:
     def _report(self, **report: Any) -> None:
         with contextlib.suppress(OSError):  # training has gone; there is nobody to tell
             self._reports.write(json.dumps(report).encode() + b"\n")
+
+    @contextlib.contextmanager
+    def _time_limit(self, what: str, seconds: float) -> Iterator[None]:
+        """Ends this process if the block takes longer; wandb's own helper ends when it sees that."""
+
+        def give_up() -> None:
+            self._report(warning=f"wandb's {what} did not return within {seconds:g} s")
+            os._exit(1)
+
+        timer = threading.Timer(seconds, give_up)
+        timer.daemon = True
+        timer.start()
+        try:
+            yield
+        finally:
+            timer.cancel()
+
+    def _end_without_parent(self, parent: int) -> None:
+        """Ends this process a bounded time after the one that started it, even if wandb hangs while logging."""
+        while os.getppid() == parent:
+            time.sleep(1)
+        time.sleep(self._start["finish_seconds"] + 2 * GRACE_SECONDS)
+        os._exit(1)
 
 
 def _lines(commands: BinaryIO) -> Iterator[dict[str, Any]]:
@@ -221,7 +242,7 @@ def _unreachable(base_url: str) -> str | None:
 
 
 def _lock(folder: Path) -> int | None:
-    """Holds the folder for this process, waiting a bounded time for a worker of an earlier start to end."""
+    """Holds the folder for this process, waiting a bounded time for the helper of an earlier start to end."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         fd = os.open(folder, os.O_RDONLY)
@@ -238,18 +259,43 @@ def _lock(folder: Path) -> int | None:
     return fd
 
 
-class _time_limit:  # noqa: N801 - reads as a statement
-    """Ends this process if the block takes longer; wandb's helper process ends when it sees that."""
+def _last_local_step(folder: Path, run_id: str, *, without: Path) -> int:
+    """The highest step in what earlier starts of this run recorded in the folder, -1 if there is nothing.
 
-    def __init__(self, seconds: float) -> None:
-        self._timer = threading.Timer(seconds, os._exit, (1,))
-        self._timer.daemon = True
+    Why: `wandb sync` puts the segments of a run one after the other and moves overlapping steps behind each other. When
+    a segment begins after the last one's end, W&B shows each step once and in order.
+    """
+    from wandb.proto import wandb_internal_pb2
 
-    def __enter__(self) -> None:
-        self._timer.start()
+    last = -1
+    for path in folder.glob(f"*run-*-{run_id}/run-{run_id}.wandb"):
+        if path.parent == without:
+            continue
+        for data in _records(path.read_bytes()):
+            record = wandb_internal_pb2.Record.FromString(data)  # type: ignore[attr-defined]
+            if record.HasField("history"):
+                last = max(last, record.history.step.num)
+    return last
 
-    def __exit__(self, *_: object) -> None:
-        self._timer.cancel()
+
+def _records(data: bytes) -> Iterator[bytes]:
+    """The records of a .wandb file up to its first gap: a 7-byte header, then a LevelDB log of 32 KiB blocks.
+
+    Source: https://github.com/google/leveldb/blob/main/doc/log_format.md
+    """
+    block, position, parts = 2**15, 7, b""
+    while position + 7 <= len(data):
+        if block - position % block < 7:  # the rest of a block that has no room for a header
+            position += block - position % block
+            continue
+        _, length, kind = struct.unpack_from("<IHB", data, position)
+        parts += data[position + 7 : position + 7 + length]
+        position += 7 + length
+        if not 1 <= kind <= 4 or position > len(data):
+            return
+        if kind in (1, 4):  # a whole record, or its last part
+            yield parts
+            parts = b""
 
 
 if __name__ == "__main__":
