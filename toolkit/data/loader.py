@@ -13,10 +13,10 @@ import hashlib
 import json
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -27,6 +27,9 @@ from toolkit.data.manifest import TOKENIZER_FILE, Manifest, Split, TokenizerInfo
 from toolkit.data.order import Int64, SampleOrder, quotas
 from toolkit.data.shards import Ids, Shard, open_shards
 from toolkit.errors import UserError
+
+if TYPE_CHECKING:
+    from toolkit.data.remote import Fetcher, RemoteSet
 
 __all__ = ["Data", "DataSet", "SampleOrder", "open_data", "sample_windows", "training_loader", "validation_loader"]
 
@@ -47,7 +50,7 @@ class DataSet:
     manifest: Manifest
     shards: Mapping[Split, Sequence[Shard]]
     tokenizer_file: Path | None  # vocabulary of a tokenizer of one's own
-    fetch_ahead: Callable[[Split, Sequence[int], Sequence[int]], None] | None = None  # shards needed now, and soon
+    remote: "RemoteSet | None" = None  # what fetches the shards of a set behind a URL
 
     @property
     def fingerprint(self) -> str:
@@ -115,9 +118,14 @@ def open_data(path: Sequence[str] | str, *, cache_dir: str | None = None, cache_
         )
     total = math.fsum(weight or 1.0 for _, weight in parsed)
     names = _unique_names([folder for folder, _ in parsed])
+    fetcher = None
+    if any(is_url(folder) for folder, _ in parsed):
+        from toolkit.data.remote import new_fetcher  # a local run needs none of it
+
+        fetcher = new_fetcher(cache_dir=cache_dir, cache_gib=cache_gib)
     data = Data(
         sets=tuple(
-            _open_set(folder, name=name, weight=(weight or 1.0) / total, cache_dir=cache_dir, cache_gib=cache_gib)
+            _open_set(folder, name=name, weight=(weight or 1.0) / total, fetcher=fetcher)
             for name, (folder, weight) in zip(names, parsed, strict=True)
         )
     )
@@ -141,7 +149,26 @@ def _unique_names(paths: Sequence[str]) -> list[str]:
     return [name if names.count(name) == 1 else f"{name}-{index}" for index, name in enumerate(names, start=1)]
 
 
-def _open_set(path: str, *, name: str, weight: float, cache_dir: str | None, cache_gib: float) -> DataSet:
+def is_url(path: str) -> bool:
+    """True for a set far away, false for a folder."""
+    return "://" in path
+
+
+def _open_set(path: str, *, name: str, weight: float, fetcher: "Fetcher | None") -> DataSet:
+    if is_url(path):
+        from toolkit.data.remote import open_remote
+
+        assert fetcher is not None
+        remote = open_remote(path, name=name, fetcher=fetcher)
+        return DataSet(
+            name=name,
+            path=remote.where,
+            weight=weight,
+            manifest=remote.manifest,
+            shards=remote.shards,
+            tokenizer_file=remote.tokenizer_file,
+            remote=remote,
+        )
     folder = Path(path)
     manifest = read_manifest(folder)
     tokenizer_file = folder / TOKENIZER_FILE
@@ -248,13 +275,15 @@ class TrainingWindows(Dataset[Batch]):
     def _fetch_ahead(self, located: Sequence[Sequence[int]]) -> None:
         """Tells remote sets which shards this batch needs and which come next, whenever a set enters another group."""
         for index, data_set in enumerate(self._data.sets):
-            groups = [row[3] for row in located if row[0] == index] if data_set.fetch_ahead else []
-            if not data_set.fetch_ahead or not groups or (min(groups), max(groups)) == self._groups[index]:
+            if data_set.remote is None:
+                continue
+            groups = [row[3] for row in located if row[0] == index]
+            if not groups or (min(groups), max(groups)) == self._groups[index]:
                 continue
             order, first, last = self._order.sets[index], min(groups), max(groups)
             self._groups[index] = (first, last)
             now = [shard for group in range(first, last + 1) for shard in order.group_shards(group)]
-            data_set.fetch_ahead("train", now, order.group_shards(last + 1))
+            data_set.remote.need("train", now, order.group_shards(last + 1))
 
 
 class EndlessBatches(Sampler[list[int]]):
@@ -295,6 +324,7 @@ def training_loader(
     """
     order = sample_order(data, sequence_length=sequence_length, seed=seed, shuffle_group_shards=shuffle_group_shards)
     _report_unused(data, sequence_length=sequence_length)
+    _check_room(data, shuffle_group_shards=shuffle_group_shards)
     return DataLoader(
         TrainingWindows(data, order, sequence_length=sequence_length),
         batch_sampler=EndlessBatches(position=position, batch_size=micro_batch_size),
@@ -320,6 +350,26 @@ def _report_unused(data: Data, *, sequence_length: int) -> None:
             )  # fmt: skip
 
 
+def _check_room(data: Data, *, shuffle_group_shards: int) -> None:
+    remote = [data_set.remote for data_set in data.sets if data_set.remote is not None]
+    if not remote:
+        return
+    limit = remote[0].fetcher.limit_bytes
+    needed = sum(one.room_needed(shuffle_group_shards=shuffle_group_shards) for one in remote)
+    if needed > limit:
+        fitting = [
+            group
+            for group in range(1, shuffle_group_shards)
+            if sum(one.room_needed(shuffle_group_shards=group) for one in remote) <= limit
+        ]
+        raise UserError(
+            f"data.cache_gib={limit / 2**30:g} is too small: this group of data.shuffle_group_shards={shuffle_group_shards} "
+            f"shards, the next one and the validation shards take {needed / 2**30:.3g} GiB; use --data.cache-gib "
+            f"{math.ceil(needed / 2**30 * 10) / 10:g}"
+            + (f" or --data.shuffle-group-shards {fitting[-1]}" if fitting else "")
+        )
+
+
 class ValidationBatches(Sequence[Batch]):
     """The first windows of a set's validation split in file order, in batches; batch k is a pure function of k."""
 
@@ -334,6 +384,8 @@ class ValidationBatches(Sequence[Batch]):
                 f"use at least {sequence_length}"
             )
         self._size = micro_batch_size
+        self._needed = [-1]
+        self._fetch_ahead([])
         self._reader = WindowReader(data_set.manifest, sequence_length=sequence_length)
 
     def __len__(self) -> int:
@@ -348,11 +400,17 @@ class ValidationBatches(Sequence[Batch]):
         windows = np.arange(first, min(first + self._size, self.windows))
         numbers = np.searchsorted(self._starts, windows, side="right") - 1
         places = windows - self._starts[numbers]
-        if self._data_set.fetch_ahead:
-            needed = sorted(set(numbers.tolist()))
-            self._data_set.fetch_ahead("val", needed, [])
+        self._fetch_ahead(sorted(set(numbers.tolist())))
         shards = self._data_set.shards["val"]
         return self._reader.read([(shards[n], p) for n, p in zip(numbers.tolist(), places.tolist(), strict=True)])
+
+    def _fetch_ahead(self, needed: list[int]) -> None:
+        """Tells a remote set which shards a batch needs, and that the one behind them comes next."""
+        remote, last = self._data_set.remote, int(np.searchsorted(self._starts, self.windows, side="left"))
+        if remote is not None and needed != self._needed:
+            self._needed = needed
+            after = needed[-1] + 1 if needed else 0
+            remote.need("val", needed, [after] if after < last else [])
 
 
 def validation_loader(
