@@ -2,15 +2,16 @@
 
 Guarantees: a row is one line of strict JSON, written with one system call, so that a killed process leaves at most its
 last line torn; floats come back as the same floats; `sync` makes everything so far survive a power cut; `truncate_after`
-brings the three files back to a checkpoint, atomically, and puts damaged lines aside instead of losing them in silence.
-A number that JSON does not have is written as the string "NaN", "Infinity" or "-Infinity"; `read_rows` turns those back.
-Only the main process has a `RunLog`. It does not know W&B: `wandb_mirror` sends the same rows there.
+brings the three files back to a checkpoint, each as a whole, and puts damaged lines aside instead of losing them in
+silence. A changed digit counts as damage too: the checksum of every row is in `.rows.crc32` before the row is in its
+log. A number that JSON does not have is written as the string "NaN", "Infinity" or "-Infinity"; `read_rows` turns those
+back. Only the main process has a `RunLog`. It does not know W&B: `wandb_mirror` sends the same rows there.
 """
 
 import json
-import logging
 import math
 import os
+import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,17 +19,19 @@ from typing import Any, Literal
 
 from toolkit.errors import UserError, describe_os_error
 from toolkit.failpoint import failpoint
+from toolkit.training.files import fsync_folder, parse_json, replace_file
 from toolkit.training.redact import redact
-
-logger = logging.getLogger(__name__)
 
 LogName = Literal["metrics", "samples", "ledger"]
 LOG_NAMES: tuple[LogName, ...] = ("metrics", "samples", "ledger")
 
-# Evaluation rows are the rows of metrics.jsonl with this key; every other row is a training row.
-EVALUATION_KEY = "loss/val"
+# One line a row, of all three logs: the row's crc32, then that text's own, so that damage to either side shows.
+# Without this file, or with damage in it, rows are checked as JSON only.
+CHECKSUMS = ".rows.crc32"
 
 _NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
+# Keys whose value is text: a model may well have written "NaN".
+_TEXT_KEYS = ("prompt", "text")
 
 
 class RunLog:
@@ -36,18 +39,19 @@ class RunLog:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._files: dict[LogName, _AppendFile] = {}
+        self._files: dict[Path, _AppendFile] = {}
 
     def append(self, name: LogName, row: Mapping[str, Any]) -> None:
         """Adds one row, which must hold an integer `step`, at the end of a log and hands it to the operating system.
 
-        Raises: UserError if the row cannot be written (disk full, file or folder gone); the file then ends as before.
+        Raises: UserError if the row cannot be written (disk full, file or folder gone); the log then ends as before.
         """
         assert type(row.get("step")) is int, f"a row of {name} needs an integer step: {row}"
+        line = encode_row(redact(row) if name == "samples" else row)  # a prompt may hold a secret
         failpoint(f"{name}.append")
-        if name not in self._files:
-            self._files[name] = _AppendFile(log_path(self.folder, name))
-        self._files[name].append(encode_row(redact(row) if name == "samples" else row))  # a prompt may hold a secret
+        self._file(self.folder / CHECKSUMS).append(_checksum_line(line))
+        failpoint(f"{name}.checked")
+        self._file(log_path(self.folder, name)).append(line)
 
     def sync(self) -> None:
         """Returns when every row appended so far is on the disk: to be called before a checkpoint is committed.
@@ -60,26 +64,40 @@ class RunLog:
 
     def last_step(self) -> int:
         """The highest step that any log mentions, 0 if there is none: how far a run had come before it was cut off."""
-        return max(
-            (line.step or 0 for name in LOG_NAMES for line in _read_lines(log_path(self.folder, name))), default=0
-        )
+        return max((row["step"] for name in LOG_NAMES for row in read_rows(log_path(self.folder, name))), default=0)
 
     def truncate_after(self, step: int) -> list[str]:
         """Drops the rows of later steps from all three logs and puts damaged lines aside; returns what to tell the user.
 
-        A damaged line (torn by a kill, not JSON, without a step) moves to `<log>.damaged`, whatever step it was. Each
-        log is replaced as a whole or not at all, and one that needs no change is not touched.
+        A damaged line (torn by a kill, changed, not JSON, without a step) moves to `<log>.damaged`, whatever its step
+        was. Each log is replaced as a whole or not at all, and one that needs no change is not touched.
 
         Raises: UserError if a log cannot be read or replaced.
         """
         self.close()
-        return [line for name in LOG_NAMES for line in _truncate(log_path(self.folder, name), step)]
+        known = _known_checksums(self.folder)
+        kept: list[_Line] = []
+        say = []
+        for name in LOG_NAMES:
+            lines, said = _truncate(log_path(self.folder, name), step, known)
+            kept += lines
+            say += said
+        failpoint("metrics.truncated")
+        checksums = b"".join(_checksum_line(line.data) for line in kept)
+        if checksums != _read(self.folder / CHECKSUMS) and self.folder.is_dir():
+            _replace(self.folder / CHECKSUMS, checksums)
+        return say
 
     def close(self) -> None:
         """Closes the files; a later row opens them again."""
         for file in self._files.values():
             file.close()
         self._files.clear()
+
+    def _file(self, path: Path) -> "_AppendFile":
+        if path not in self._files:
+            self._files[path] = _AppendFile(path)
+        return self._files[path]
 
 
 def log_path(folder: Path, name: LogName) -> Path:
@@ -97,9 +115,14 @@ def read_rows(path: Path) -> Iterator[dict[str, Any]]:
 
     Raises: UserError if the file cannot be read. A missing file has no rows.
     """
-    for line in _read_lines(path):
+    for line in _read_lines(path, _known_checksums(path.parent)):
         if line.row is not None:
             yield _from_json(line.row)
+
+
+def damaged_lines(path: Path) -> list[int]:
+    """The numbers, counted from 1, of the lines of a log that `read_rows` leaves out."""
+    return [line.number for line in _read_lines(path, _known_checksums(path.parent)) if line.row is None]
 
 
 def _to_json(value: Any) -> Any:
@@ -113,11 +136,8 @@ def _to_json(value: Any) -> Any:
 
 
 def _from_json(row: dict[str, Any]) -> dict[str, Any]:
-    # Texts of samples stay texts: a model may well have written "NaN".
     return {
-        key: _NON_FINITE[value]
-        if isinstance(value, str) and value in _NON_FINITE and key not in ("prompt", "text")
-        else value
+        key: _NON_FINITE[value] if isinstance(value, str) and value in _NON_FINITE and key not in _TEXT_KEYS else value
         for key, value in row.items()
     }
 
@@ -131,7 +151,7 @@ class _AppendFile:
             created = not path.exists()
             self._fd = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o666)
             if created:
-                _sync_folder(path.parent)
+                fsync_folder(path.parent)
             self._end = os.fstat(self._fd).st_size
             if self._end and os.pread(self._fd, 1, self._end - 1) != b"\n":
                 self._write(b"\n")  # a torn last line stays a line of its own
@@ -180,88 +200,84 @@ class _Line:
         return None if self.row is None else self.row["step"]
 
 
-def _read_lines(path: Path) -> Iterator[_Line]:
-    try:
-        data = path.read_bytes()
-    except FileNotFoundError:
-        return
-    except OSError as error:
-        raise UserError(f"cannot read {describe_os_error(error)}") from None
+def _read_lines(path: Path, known: set[bytes] | None) -> Iterator[_Line]:
     # Not splitlines(): a damaged byte may be a carriage return, and text may hold other line separators.
-    *lines, torn = data.split(b"\n")
+    *lines, torn = _read(path).split(b"\n")
     for number, line in enumerate(lines, 1):
-        yield _Line(number, line + b"\n", _parse(line))
+        yield _Line(number, line + b"\n", _parse(line) if known is None or _crc(line) in known else None)
     if torn:
         yield _Line(len(lines) + 1, torn, None)
 
 
 def _parse(line: bytes) -> dict[str, Any] | None:
     try:
-        row = json.loads(line, parse_constant=_refuse_constant)
-    except (ValueError, RecursionError):
+        row = parse_json(line, where="row")
+    except UserError:
         return None
-    return row if isinstance(row, dict) and type(row.get("step")) is int and row["step"] >= 0 else None
+    return row if type(row.get("step")) is int and row["step"] >= 0 else None
 
 
-def _refuse_constant(name: str) -> None:
-    raise ValueError(name)
+def _crc(data: bytes) -> bytes:
+    return b"%08x" % zlib.crc32(data)
 
 
-def _truncate(path: Path, step: int) -> list[str]:
-    lines = list(_read_lines(path))
-    damaged = [line for line in lines if line.row is None]
-    dropped = [line for line in lines if line.step is not None and line.step > step]
-    if not damaged and not dropped:
-        return []
-    say = []
+def _checksum_line(line: bytes) -> bytes:
+    crc = _crc(line.removesuffix(b"\n"))
+    return crc + _crc(crc) + b"\n"
+
+
+def _known_checksums(folder: Path) -> set[bytes] | None:
+    """The checksums of all rows that were ever written; None if they are not all known, so that nothing follows."""
+    data = _read(folder / CHECKSUMS)
+    *lines, _ = data.split(b"\n")  # the last may be torn: then its row was not written
+    if not lines or any(_crc(line[:8]) != line[8:] for line in lines):
+        return None
+    return {line[:8] for line in lines}
+
+
+def _read(path: Path) -> bytes:
     try:
-        if damaged:
-            aside = path.with_name(f"{path.name}.damaged")
-            _put_aside(aside, b"".join(line.data.rstrip(b"\n") + b"\n" for line in damaged))
-            numbers = ", ".join(str(line.number) for line in damaged[:10]) + (", ..." if len(damaged) > 10 else "")
-            say.append(
-                f"{path.name}: {len(damaged)} damaged line{'s' * (len(damaged) > 1)} (line {numbers}) moved to {aside.name}"
-            )
-        failpoint("metrics.truncate")
-        _replace(path, b"".join(line.data for line in lines if line.step is not None and line.step <= step))
+        return path.read_bytes()
+    except FileNotFoundError:
+        return b""
     except OSError as error:
-        raise _cannot_write(path, error) from None
+        raise UserError(f"cannot read {describe_os_error(error)}") from None
+
+
+def _truncate(path: Path, step: int, known: set[bytes] | None) -> tuple[list[_Line], list[str]]:
+    """Brings one log back to a step; returns the lines that stay and what to tell the user."""
+    lines = list(_read_lines(path, known))
+    damaged = [line for line in lines if line.row is None]
+    kept = [line for line in lines if line.step is not None and line.step <= step]
+    dropped = [line.step for line in lines if line.step is not None and line.step > step]
+    say = []
+    if damaged:
+        aside = path.with_name(f"{path.name}.damaged")
+        moved = b"".join(line.data.rstrip(b"\n") + b"\n" for line in damaged)
+        before = _read(aside)
+        if not before.endswith(moved):  # a start that was cut off here may have moved them already
+            _replace(aside, before + moved)
+        numbers = ", ".join(str(line.number) for line in damaged[:10]) + (", ..." if len(damaged) > 10 else "")
+        say.append(f"{path.name}: {_count(damaged, 'damaged line')} (line {numbers}) moved to {aside.name}")
     if dropped:
-        steps = [line.step for line in dropped if line.step is not None]
         say.append(
-            f"{path.name}: {len(dropped)} row{'s' * (len(dropped) > 1)} beyond step {step} dropped "
-            f"(steps {min(steps)} to {max(steps)} are done again)"
+            f"{path.name}: {_count(dropped, 'row')} beyond step {step} dropped (up to step {max(dropped)}, done again now)"
         )
-    return say
+    if say:
+        failpoint("metrics.truncate")
+        _replace(path, b"".join(line.data for line in kept))
+    return kept, say
 
 
-def _put_aside(path: Path, data: bytes) -> None:
-    """Adds damaged lines to the file of earlier ones, unless a start that was cut off has just added the same ones."""
-    before = path.read_bytes() if path.exists() else b""
-    if not before.endswith(data):
-        _replace(path, before + data)
+def _count(things: list[Any], name: str) -> str:
+    return f"{len(things)} {name}{'' if len(things) == 1 else 's'}"
 
 
 def _replace(path: Path, data: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    if path.exists():
-        temporary.chmod(path.stat().st_mode & 0o7777)
-    failpoint("metrics.before-rename")
-    temporary.rename(path)
-    _sync_folder(path.parent)
-    failpoint("metrics.after-rename")
-
-
-def _sync_folder(folder: Path) -> None:
-    fd = os.open(folder, os.O_RDONLY)
     try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
+        replace_file(path, data)
+    except OSError as error:
+        raise _cannot_write(path, error) from None
 
 
 def _cannot_write(path: Path, error: OSError) -> UserError:

@@ -8,7 +8,7 @@ What counts as one: the value of an environment variable that is named like a se
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 REDACTED = "[redacted]"
@@ -95,12 +95,24 @@ def _redact(value: Any, secrets: list[str]) -> Any:
             for key, item in value.items()
         }
     if isinstance(value, list | tuple):
-        return [_redact(item, secrets) for item in value]
+        return [REDACTED if _is_flag_value(value, k) else _redact(item, secrets) for k, item in enumerate(value)]
     return value
 
 
 def _is_secret_key(key: Any) -> bool:
     return isinstance(key, str) and key.lower().replace("-", "_") in _SECRET_KEYS
+
+
+def _is_flag_value(arguments: Sequence[Any], index: int) -> bool:
+    """True for what follows a flag such as --wandb.api-key in a command line."""
+    flag, value = arguments[index - 1] if index else None, arguments[index]
+    return (
+        isinstance(flag, str)
+        and isinstance(value, str)
+        and flag.startswith("--")
+        and not value.startswith("--")
+        and _is_secret_key(flag.lstrip("-").rpartition(".")[2])
+    )
 
 
 def _redact_text(text: str, secrets: list[str]) -> str:
@@ -110,4 +122,7 @@ def _redact_text(text: str, secrets: list[str]) -> str:
     if "://" in text:
         text = _USERINFO.sub(rf"\1{REDACTED}@", text)
         text = _URL_QUERY.sub(lambda url: url[1] + _SIGNED_PARAMETER.sub(rf"\1{REDACTED}", url[2]), text)
+    flag, is_assignment, value = text.partition("=")  # --wandb.api-key=...
+    if is_assignment and value and flag.startswith("--") and _is_secret_key(flag.lstrip("-").rpartition(".")[2]):
+        return f"{flag}={REDACTED}"
     return _BEARER.sub(rf"\1{REDACTED}", text)
