@@ -8,6 +8,8 @@ INSTALLED := $(VENV)/.installed
 CORES := $(shell $(PYTHON) -c "import os; print(len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count())" 2>/dev/null || echo 1)
 # accelerate launch gives each process one thread unless told otherwise.
 LAUNCH = $(BIN)/accelerate launch --quiet --num_cpu_threads_per_process $(CORES)
+# Said in full, so that nothing is guessed: one process, wherever it runs best.
+LAUNCH_ONE = $(LAUNCH) --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no
 DEMO_DATA := data/stdlib-bytes
 DEMO_RUN := runs/demo
 
@@ -27,7 +29,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 
 demo: install ## see it work: prepare, train and sample a small GPT-2 on this machine, no download of data
 	$(BIN)/toolkit prepare stdlib --out $(DEMO_DATA) --tokenizer bytes
-	$(LAUNCH) recipes/train_demo.py --data.path $(DEMO_DATA) --run.dir $(DEMO_RUN) $(ARGS)
+	$(LAUNCH_ONE) recipes/train_demo.py --data.path $(DEMO_DATA) --run.dir $(DEMO_RUN) $(ARGS)
 	$(BIN)/toolkit generate $(DEMO_RUN) "def main(" --max-new-tokens 300
 	@echo
 	@echo "The run is in $(DEMO_RUN): metrics.jsonl, samples.jsonl, checkpoints/. Try next:"

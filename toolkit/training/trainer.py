@@ -819,7 +819,7 @@ def _accelerator(precision: Precision, *, watchdog_minutes: float) -> Accelerato
         kwargs_handlers=[
             # The watchdogs end a stuck job first and name the line; this is what ends it if they cannot.
             InitProcessGroupKwargs(timeout=timedelta(minutes=2 * watchdog_minutes)),
-            DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False),
+            DistributedDataParallelKwargs(gradient_as_bucket_view=True),
         ],
     )
     if accelerator.mixed_precision != mixed_precision or accelerator.gradient_accumulation_steps != 1:
