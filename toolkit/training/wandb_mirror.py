@@ -38,6 +38,12 @@ _MODES: dict[str, Mode] = {
     "run": "online",
     "dryrun": "offline",
 }
+# Variables that would give wandb another run, mode or place than ours, or the helper process of another wandb.
+_NOT_FOR_WANDB = {
+    *("WANDB_DIR", "WANDB_FORK_FROM", "WANDB_MODE", "WANDB_RESUME", "WANDB_RESUME_FROM", "WANDB_RUN_ID"),
+    *("WANDB_SERVICE", "WANDB_SWEEP_ID"),
+}
+
 WORKER = Path(__file__).with_name("wandb_worker.py")
 
 # Hosts under which `wandb login` stores a key. Source: wandb 0.31, sdk/lib/urls.py.
@@ -109,10 +115,9 @@ class WandbProcess:
 
     def __init__(self, start: Mapping[str, Any]) -> None:
         # Not `-m toolkit...`: the worker needs nothing of the toolkit, and -P keeps a folder named wandb out of its way.
-        # WANDB_SERVICE would make it share the helper of another wandb process, and lose it when that one ends.
         self._process = subprocess.Popen(
             [sys.executable, "-P", str(WORKER)],
-            env={name: value for name, value in os.environ.items() if name != "WANDB_SERVICE"},
+            env={name: value for name, value in os.environ.items() if name not in _NOT_FOR_WANDB},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
@@ -292,10 +297,10 @@ class WandbMirror:
             self._warn(f"{self._left_out} rows were left out because it did not take them for too long")
         elif not self._finished["complete"]:
             self._warn("not everything was recorded")
+        elif self._started.get("mode") == "offline":
+            logger.info("W&B: recorded offline in %s; to send it, after `wandb login`: %s", self._started["dir"], sync)
         if self._finished["left_out"]:
             logger.info("W&B: it had %d of these rows already and keeps its own", self._finished["left_out"])
-        if self._started.get("mode") == "offline":
-            logger.info("W&B: recorded offline in %s; to send it, after `wandb login`: %s", self._started["dir"], sync)
 
     def _warn(self, text: str) -> None:
         if not self._warned:

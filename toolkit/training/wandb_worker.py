@@ -30,8 +30,10 @@ MAX_FAILURES = 3
 CONNECT_SECONDS = 5.0
 # How much longer than its own limits wandb may take before this process ends itself [seconds].
 GRACE_SECONDS = 15.0
+# How long finishing may take once training has gone without a word: nobody waits for it, a new start may [seconds].
+ORPHAN_SECONDS = 20.0
 # The helper of a killed start may still be finishing the same run; the next one waits this long for it [seconds].
-PREDECESSOR_SECONDS = 60.0
+PREDECESSOR_SECONDS = 30.0
 
 
 def main() -> None:
@@ -65,6 +67,7 @@ class Worker:
         self._failures = 0
         self._next_step = 0  # rows of earlier steps are in W&B already, which takes no step twice
         self._left_out = 0
+        self._logged = False
 
     def run(self, commands: BinaryIO) -> None:
         """Starts the run, mirrors every line until the input ends, and finishes the run."""
@@ -73,13 +76,14 @@ class Worker:
         with self._time_limit("start", self._start["init_seconds"] * 2 + GRACE_SECONDS):
             self._try(self._open)
         finish: dict[str, Any] = {"exit_code": 1, "preempted": False}  # the input ended without a word: a crash
+        seconds = ORPHAN_SECONDS
         for command in _lines(commands):
             if "finish" in command:
-                finish = command["finish"]
+                finish, seconds = command["finish"], self._start["finish_seconds"] + GRACE_SECONDS
                 break
             if self._wandb_run is not None and self._failures < MAX_FAILURES:
                 self._try(self._log_samples if "samples" in command else self._log, command)
-        with self._time_limit("finish", self._start["finish_seconds"] + GRACE_SECONDS):
+        with self._time_limit("finish", seconds):
             self._close(finish)
         if lock is not None:
             os.close(lock)
@@ -110,7 +114,8 @@ class Worker:
         if run.resumed:
             self._next_step = run.starting_step
         elif mode == "offline" and start["continue_local"]:
-            self._next_step = _last_local_step(sync_dir.parent, start["id"], without=sync_dir) + 1
+            earlier = sync_dir.parent.glob(f"*run-*-{start['id']}/run-{start['id']}.wandb")
+            self._next_step = 1 + max((_last_step(path) for path in earlier if path.parent != sync_dir), default=-1)
         self._report(started={"mode": mode, "dir": str(sync_dir), "url": run.url, "next_step": self._next_step})
         if Path(start["folder"]).resolve() not in sync_dir.resolve().parents:
             self._report(warning=f"cannot write below {start['folder']}; its files are in {sync_dir}")
@@ -167,6 +172,7 @@ class Worker:
             self._left_out += 1
             return False
         self._next_step = step  # another row of the same step may follow
+        self._logged = True
         return True
 
     def _close(self, finish: dict[str, Any]) -> None:
@@ -178,6 +184,8 @@ class Worker:
             began = time.monotonic()
             self._try(run.finish, finish["exit_code"])
             complete = not self._failures and time.monotonic() - began < self._start["finish_seconds"]
+            if complete and run.offline and self._logged:  # a full disk is no error to wandb
+                complete = _last_step(Path(run.settings.sync_file)) == self._next_step
         self._report(finished={"complete": complete, "left_out": self._left_out})
 
     def _try(self, action: Callable[..., None], *arguments: Any) -> None:
@@ -212,7 +220,7 @@ class Worker:
         """Ends this process a bounded time after the one that started it, even if wandb hangs while logging."""
         while os.getppid() == parent:
             time.sleep(1)
-        time.sleep(self._start["finish_seconds"] + 2 * GRACE_SECONDS)
+        time.sleep(ORPHAN_SECONDS)
         os._exit(1)
 
 
@@ -259,22 +267,19 @@ def _lock(folder: Path) -> int | None:
     return fd
 
 
-def _last_local_step(folder: Path, run_id: str, *, without: Path) -> int:
-    """The highest step in what earlier starts of this run recorded in the folder, -1 if there is nothing.
+def _last_step(path: Path) -> int:
+    """The highest step in a .wandb file, -1 if there is none.
 
     Why: `wandb sync` puts the segments of a run one after the other and moves overlapping steps behind each other. When
-    a segment begins after the last one's end, W&B shows each step once and in order.
+    a segment begins after the end of those before it, W&B shows each step once and in order.
     """
     from wandb.proto import wandb_internal_pb2
 
     last = -1
-    for path in folder.glob(f"*run-*-{run_id}/run-{run_id}.wandb"):
-        if path.parent == without:
-            continue
-        for data in _records(path.read_bytes()):
-            record = wandb_internal_pb2.Record.FromString(data)  # type: ignore[attr-defined]
-            if record.HasField("history"):
-                last = max(last, record.history.step.num)
+    for data in _records(path.read_bytes()):
+        record = wandb_internal_pb2.Record.FromString(data)  # type: ignore[attr-defined]
+        if record.HasField("history"):
+            last = max(last, record.history.step.num)
     return last
 
 
