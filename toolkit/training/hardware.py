@@ -24,7 +24,7 @@ class Device:
 
     key: str  # what `toolkit plan --device` calls it
     cuda_name: str  # regular expression for the whole CUDA device name, without the maker's prefixes
-    memory_gib: float  # nominal [GiB]
+    memory_gib: float  # nominal; where CUDA reports much less (ECC, decimal gigabytes), what it reports [GiB]
     half_tflops: float  # fp16 products, dense, fp32 accumulate; bf16 too where there is bf16 [TFLOP/s]
     fp32_tflops: float  # fp32 weights with TF32 products where there is TF32, plain fp32 elsewhere [TFLOP/s]
     has_bf16: bool
@@ -96,15 +96,15 @@ DEVICES: Sequence[Device] = (
     _datacenter("a10", "A10", 22.5, 125.0, source="A10 datasheet; 24 GB less ECC"),
     _datacenter("a40", "A40", 45, 149.7, source="A40 datasheet; 48 GB less ECC"),
     _datacenter("a6000", "RTX A6000", 48, 154.8, source="GA102 whitepaper v2, table of RTX A6000"),
-    _datacenter("a100", "A100(-SXM4-80GB| 80GB PCIe)", 80, 312.0, source="A100 datasheet"),
-    _datacenter("a100-40gb", "A100-(SXM4|PCIE)-40GB", 40, 312.0, source="A100 datasheet"),
+    _datacenter("a100", "A100(-SXM4-80GB| 80GB PCIe)", 79, 312.0, source="A100 datasheet"),
+    _datacenter("a100-40gb", "A100-(SXM4|PCIE)-40GB", 39.4, 312.0, source="A100 datasheet"),
     _datacenter("l4", "L4", 22.5, 121.0, source="L4 datasheet, without sparsity; 24 GB less ECC"),
     _datacenter("l40s", "L40S", 45, 362.0, source="L40S datasheet, without sparsity; 48 GB less ECC"),
     _datacenter("6000-ada", "RTX 6000 Ada Generation", 48, 364.2, source="RTX 6000 Ada datasheet, without sparsity"),
-    _datacenter("h100", "H100 80GB HBM3", 80, 989.4, source="H100 datasheet, SXM5, without sparsity"),
-    _datacenter("h100-pcie", "H100 PCIe", 80, 756.0, source="H100 datasheet, PCIe, without sparsity"),
-    _datacenter("h200", "H200", 141, 989.4, source="H200 datasheet, SXM, without sparsity"),
-    _datacenter("b200", "B200", 180, 2250.0, source="B200 datasheet, without sparsity"),
+    _datacenter("h100", "H100 80GB HBM3", 79, 989.4, source="H100 datasheet, SXM5, without sparsity"),
+    _datacenter("h100-pcie", "H100 PCIe", 79, 756.0, source="H100 datasheet, PCIe, without sparsity"),
+    _datacenter("h200", "H200", 139.7, 989.4, source="H200 datasheet, SXM, without sparsity"),
+    _datacenter("b200", "B200", 178, 2250.0, source="B200 datasheet, without sparsity"),
 )
 
 _PREFIXES = re.compile(r"^(NVIDIA |GeForce |Tesla |Quadro )+")
