@@ -246,6 +246,23 @@ def export(run: Positional[Path], out: Positional[Path], /) -> None:
     print(f'{out}: exported from {folder}; in Python: transformers.pipeline("text-generation", model="{out}")')
 
 
+def audit(
+    run: Positional[Path],
+    /,
+    *,
+    data: Annotated[tuple[str, ...], tyro.conf.arg(name="data.path")] = (),
+) -> None:
+    """Proves from a run's ledger and the shards that every sample was trained on once per epoch.
+
+    Args:
+        run: run folder.
+        data: where the data lies now; none given: where the recipe says.
+    """
+    from toolkit.training.audit import audit as audit_run
+
+    _print_lines(audit_run(run, data_path=data))
+
+
 def tokenizer_train(
     paths: Positional[tuple[str, ...]], /, *, vocab_size: int, out: Path, text_column: str = "text"
 ) -> None:
@@ -285,6 +302,7 @@ _VERBS = {
     "generate": generate,
     "evaluate": evaluate,
     "export": export,
+    "audit": audit,
     "wandb-sync": wandb_sync,
 }
 

@@ -54,6 +54,7 @@ from toolkit.training.optimizer import (
     optimizer_tensors,
     set_learning_rate,
 )
+from toolkit.training.plan import largest_micro_batch
 from toolkit.training.processes import Processes
 from toolkit.training.progress import Progress, configure_logging
 from toolkit.training.records import RunRecords
@@ -571,8 +572,6 @@ class Trainer:
         if size != "auto":
             return size
         with self.processes.together():
-            from toolkit.training.plan import largest_micro_batch
-
             fitting = largest_micro_batch(
                 self.config,
                 precision=self.precision,

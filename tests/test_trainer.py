@@ -1,0 +1,320 @@
+"""The run in one process: what it leaves, what it repeats to the bit, and what it does when numbers go wrong."""
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from safetensors.torch import load_file
+from toolkit.data.prepare import prepare
+from torch import Tensor
+
+from tests.support import change, rows, write_corpus
+from toolkit.config import TrainConfig
+from toolkit.errors import UserError
+from toolkit.model.gpt2 import GPT2
+from toolkit.training.trainer import Trainer, mixed_seed
+
+Fit = Callable[[TrainConfig], Path]
+
+
+def state_of(run: Path, step: int) -> dict[str, Tensor]:
+    folder = run / "checkpoints" / f"step-{step:08d}"
+    return load_file(folder / "model.safetensors") | load_file(folder / "optimizer.safetensors")
+
+
+def assert_equal_bits(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
+    assert one.keys() == other.keys()
+    different = [name for name in one if not torch.equal(one[name], other[name])]
+    assert not different
+
+
+def run_with(model_class: type[GPT2], config: TrainConfig) -> Trainer:
+    """Trains with a model of one's own and returns the closed trainer."""
+    AcceleratorState._reset_state(True)
+    trainer = Trainer(config, model=model_class(config.model, seed=config.training.seed))
+    trainer.fit()
+    return trainer
+
+
+def test_a_run_trains_and_leaves_everything_that_it_should(fit: Fit, tiny: TrainConfig) -> None:
+    run = fit(tiny)
+    metrics = rows(run)
+    training = [row for row in metrics if "loss/train" in row]
+    evaluations = [row for row in metrics if "loss/val" in row]
+    assert [row["step"] for row in training] == list(range(1, 9))
+    assert [row["tokens"] for row in training] == [256 * step for step in range(1, 9)]
+    assert abs(training[0]["loss/train"] - math.log(257)) < 0.3
+    assert training[-1]["loss/train"] < training[0]["loss/train"] - 1.0
+    assert [row["step"] for row in evaluations] == [4, 8]
+    assert evaluations[-1]["loss/val"] < evaluations[0]["loss/val"]
+    assert training[0]["learning_rate"] == pytest.approx(0.5e-2)
+    every_key = set().union(*(json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()))
+    assert {
+        "loss/train", "loss/val", "bits_per_byte/val", "learning_rate", "optimizer/grad_norm", "optimizer/skipped_steps",
+        "throughput/tokens_per_second", "memory/peak_gib", "time/step_seconds", "step", "tokens",
+    } <= every_key  # fmt: skip
+    assert "throughput/mfu" not in every_key  # a CPU's peak is not known, and no number is better than a wrong one
+    assert json.loads((run / "status.json").read_text())["status"] == "finished"
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == [f"step-{s:08d}" for s in (2, 4, 6, 8)]
+    names = {path.name for path in (run / "checkpoints" / "step-00000008").iterdir()}
+    assert names >= {"manifest.json", "config.json", "model.safetensors", "optimizer.safetensors", "state.json"}
+    assert [row["step"] for row in rows(run, "samples")] == [4, 8]
+    assert all(row["text"].startswith("the ") for row in rows(run, "samples"))
+    ledger = rows(run, "ledger")
+    assert [(row["first_sample"], row["end_sample"]) for row in ledger] == [(8 * s, 8 * s + 8) for s in range(8)]
+
+
+def test_bits_per_byte_of_bytes_follows_from_the_loss(fit: Fit, tiny: TrainConfig) -> None:
+    run = fit(change(tiny, training={"max_steps": 1}))
+    row = next(row for row in rows(run) if "loss/val" in row)
+    # Every target is one byte but for the few end-of-text ids, which count as no byte.
+    assert row["bits_per_byte/val"] == pytest.approx(row["loss/val"] / math.log(2), rel=0.01)
+    assert row["bits_per_byte/val"] >= row["loss/val"] / math.log(2)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_resume_at_any_step_repeats_the_uninterrupted_run_to_the_bit(
+    fit: Fit, tiny: TrainConfig, tmp_path: Path, precision: str
+) -> None:
+    # Few tokens in tiny shards: the 8 steps cross several shards and two ends of an epoch.
+    few = tmp_path / "few"
+    prepare(
+        [str(write_corpus(tmp_path / "text", files=2, lines=12))],
+        out=few,
+        tokenizer="bytes",
+        workers=1,
+        shard_tokens=400,
+        val_fraction=0.3,
+        progress=False,
+    )
+    config = change(tiny, data={"path": (str(few),)}, model={"dropout": 0.1}, training={"precision": precision})
+    config = change(config, training={"eval_every": None, "sample_every": None, "checkpoint_every": 1})
+    whole = fit(config)
+    assert rows(whole)[-2]["loss/train"] > 0
+    for cut in (1, 4, 7):
+        parts = change(config, run={"dir": str(tmp_path / f"parts-{cut}")})
+        fit(change(parts, training={"max_steps": cut}))
+        fit(parts)
+        run = Path(parts.run.dir)
+        train = [row for row in rows(run) if "loss/train" in row]
+        assert train == [row for row in rows(whole) if "loss/train" in row]
+        assert rows(run, "ledger") == rows(whole, "ledger")
+        assert_equal_bits(state_of(run, 8), state_of(whole, 8))
+
+
+def test_micro_batch_size_changes_neither_samples_nor_results(fit: Fit, tiny: TrainConfig, tmp_path: Path) -> None:
+    one = fit(tiny)
+    other = fit(change(tiny, run={"dir": str(tmp_path / "other")}, training={"micro_batch_size": 8}))
+    assert rows(one, "ledger") == rows(other, "ledger")
+    for a, b in zip(rows(one), rows(other), strict=True):
+        for name in a:
+            if name.startswith("loss/"):
+                assert b[name] == pytest.approx(a[name], rel=1e-5)
+
+
+def test_a_finished_run_says_so_and_changes_nothing(
+    fit: Fit, tiny: TrainConfig, capfd: pytest.CaptureFixture[str]
+) -> None:
+    run = fit(tiny)
+    before = {path: path.read_bytes() for path in run.glob("*.jsonl")}
+    fit(tiny)
+    assert "finished at step 8 already; raise --training.max-steps" in capfd.readouterr().err
+    assert {path: path.read_bytes() for path in run.glob("*.jsonl")} == before
+
+
+def test_an_extended_run_follows_the_curve_of_a_longer_one(fit: Fit, tiny: TrainConfig, tmp_path: Path) -> None:
+    extended = change(tiny, run={"dir": str(tmp_path / "extended")})
+    fit(change(extended, training={"max_steps": 5}))
+    fit(extended)
+    long = fit(tiny)
+    assert_equal_bits(state_of(Path(extended.run.dir), 8), state_of(long, 8))
+
+
+def test_other_settings_are_refused_with_a_table(fit: Fit, tiny: TrainConfig) -> None:
+    fit(change(tiny, training={"max_steps": 2}))
+    with pytest.raises(UserError) as refusal:
+        fit(change(tiny, optimizer={"learning_rate": 5e-3}, schedule={"name": "linear"}))
+    text = str(refusal.value)
+    assert "optimizer.learning_rate" in text
+    assert "0.01" in text
+    assert "0.005" in text
+    assert "schedule.name" in text
+    assert "training.max_steps" not in text
+
+
+def test_a_loop_of_ones_own_gives_the_losses_of_fit(fit: Fit, tiny: TrainConfig, tmp_path: Path) -> None:
+    run = fit(tiny)
+    losses = []
+    AcceleratorState._reset_state(True)
+    with Trainer(change(tiny, run={"dir": str(tmp_path / "own")})) as trainer:
+        trainer.resume()
+        while trainer.step < trainer.config.training.max_steps:
+            result = trainer.train_step()
+            trainer.log(result)
+            losses.append(result.loss)
+            if trainer.due(trainer.config.training.eval_every):
+                trainer.evaluate()
+        trainer.save()
+        trainer.finish()
+    assert losses == [row["loss/train"] for row in rows(run) if "loss/train" in row]
+
+
+def test_a_new_run_starts_from_a_checkpoint_of_another(fit: Fit, tiny: TrainConfig, tmp_path: Path) -> None:
+    run = fit(tiny)
+    checkpoint = run / "checkpoints" / "step-00000004"
+    branch = change(
+        tiny,
+        run={"dir": str(tmp_path / "branch"), "resume_from": str(checkpoint)},
+        schedule={"name": "linear", "decay_steps": 4},
+    )
+    fit(branch)
+    branched = [row for row in rows(Path(branch.run.dir)) if "loss/train" in row]
+    original = [row for row in rows(run) if "loss/train" in row]
+    assert [row["step"] for row in branched] == [5, 6, 7, 8]
+    assert branched[0]["loss/train"] == original[4]["loss/train"]
+    assert branched[-1]["learning_rate"] < original[-1]["learning_rate"]
+    assert rows(Path(branch.run.dir), "ledger") == rows(run, "ledger")[4:]
+
+
+class NotFinite(GPT2):
+    """A GPT-2 whose loss is NaN in some steps."""
+
+    bad_calls: range = range(0)
+    calls = 0
+
+    def forward(self, input_ids: Tensor, targets: Tensor) -> Tensor:
+        loss = super().forward(input_ids, targets)
+        type(self).calls += 1
+        return loss * float("nan") if type(self).calls - 1 in self.bad_calls else loss
+
+
+def test_a_step_without_a_finite_gradient_leaves_the_weights_to_the_bit(tiny: TrainConfig) -> None:
+    class BadInStepThree(NotFinite):
+        bad_calls = range(9, 10)  # the second of step 3's four micro-batches
+
+    config = change(tiny, training={"checkpoint_every": 1, "eval_every": None})
+    run_with(BadInStepThree, config)
+    run = Path(config.run.dir)
+    assert_equal_bits(state_of(run, 3), state_of(run, 2))
+    training = [row for row in rows(run) if "loss/train" in row]
+    assert [row["optimizer/skipped_steps"] for row in training] == [0, 0, 1, 1, 1, 1, 1, 1]
+    assert training[2]["loss/train"] == "NaN"
+    assert training[3]["learning_rate"] != training[2]["learning_rate"]
+    assert rows(run, "ledger")[3]["first_sample"] == 24  # data goes on
+
+
+def test_too_many_steps_without_a_finite_gradient_stop_the_run(tiny: TrainConfig) -> None:
+    class BadFromStepFour(NotFinite):
+        bad_calls = range(12, 1000)
+
+    config = change(tiny, training={"max_skipped_in_a_row": 3, "eval_every": None})
+    with pytest.raises(UserError, match="3 steps in a row had no finite gradient"):
+        run_with(BadFromStepFour, config)
+    run = Path(config.run.dir)
+    status = json.loads((run / "status.json").read_text())
+    assert status["status"] == "failed"
+    assert "no finite gradient" in status["reason"]
+    assert all(torch.isfinite(tensor).all() for tensor in state_of(run, 2).values())
+
+
+class NeedsMemory(GPT2):
+    """A GPT-2 that pretends to run out of memory with more than one window, from some call on."""
+
+    first_bad_call = 0
+    calls = 0
+
+    def forward(self, input_ids: Tensor, targets: Tensor) -> Tensor:
+        type(self).calls += 1
+        if input_ids.size(0) > 1 and type(self).calls > self.first_bad_call:
+            raise torch.OutOfMemoryError("pretended")
+        return super().forward(input_ids, targets)
+
+
+def test_out_of_memory_halves_the_micro_batch_and_repeats_the_step(
+    fit: Fit, tiny: TrainConfig, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    class InStepTwo(NeedsMemory):
+        first_bad_call = 6  # half-way through step 2
+
+    trainer = run_with(InStepTwo, tiny)
+    assert trainer.micro_batch_size == 1
+    assert "out of memory: going on with micro_batch_size 1 and 8 accumulation steps" in capfd.readouterr().err
+    undisturbed = fit(change(tiny, run={"dir": str(tmp_path / "undisturbed")}))
+    run = Path(tiny.run.dir)
+    assert rows(run, "ledger") == rows(undisturbed, "ledger")
+    for a, b in zip(rows(run), rows(undisturbed), strict=True):
+        if "loss/train" in a:
+            assert a["loss/train"] == pytest.approx(b["loss/train"], rel=1e-5)
+
+
+def test_out_of_memory_with_one_window_stops_with_advice(tiny: TrainConfig) -> None:
+    class Always(GPT2):
+        def forward(self, input_ids: Tensor, targets: Tensor) -> Tensor:
+            raise torch.OutOfMemoryError("pretended")
+
+    with pytest.raises(UserError, match=r"out of memory with micro_batch_size 1.*activation-checkpointing block"):
+        run_with(Always, tiny)
+
+
+def test_a_spike_is_rewound_and_its_samples_are_skipped(
+    tiny: TrainConfig, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    from toolkit.training import spikes
+
+    monkeypatch.setattr(spikes, "HISTORY_STEPS", 4)  # two losses are a history already
+
+    class SpikesOnce(GPT2):
+        calls = 0
+
+        def forward(self, input_ids: Tensor, targets: Tensor) -> Tensor:
+            type(self).calls += 1
+            loss = super().forward(input_ids, targets)
+            return loss * 50 if 20 < self.calls <= 24 else loss  # step 6
+
+    config = change(tiny, training={"on_spike": "rewind", "checkpoint_every": 2, "eval_every": None})
+    trainer = run_with(SpikesOnce, config)
+    assert "rewound from step 6 to step 4; samples 32 to 47 are skipped" in capfd.readouterr().err
+    assert trainer.step == 8
+    assert trainer.position == 8 * 8 + 16
+    run = Path(config.run.dir)
+    assert [row["step"] for row in rows(run) if "loss/train" in row] == list(range(1, 9))
+    ledger = rows(run, "ledger")
+    assert {"step": 4, "skipped_first_sample": 32, "skipped_end_sample": 48} in ledger
+    assert [row["first_sample"] for row in ledger if "first_sample" in row] == [0, 8, 16, 24, 48, 56, 64, 72]
+
+
+def test_a_spike_is_only_logged_by_default(tiny: TrainConfig, capfd: pytest.CaptureFixture[str]) -> None:
+    class SpikesOnce(GPT2):
+        calls = 0
+
+        def forward(self, input_ids: Tensor, targets: Tensor) -> Tensor:
+            type(self).calls += 1
+            loss = super().forward(input_ids, targets)
+            return loss * 50 if 69 <= self.calls <= 69 else loss
+
+    config = change(
+        tiny,
+        optimizer={"learning_rate": 1e-6},
+        training={
+            "max_steps": 72,
+            "micro_batch_size": 8,
+            "eval_every": None,
+            "checkpoint_every": None,
+            "sample_every": None,
+        },
+    )
+    trainer = run_with(SpikesOnce, config)
+    assert capfd.readouterr().err.count("is a spike") == 1
+    assert trainer.position == 72 * 8
+
+
+def test_seeds_of_neighbouring_steps_differ_in_about_half_of_their_bits() -> None:
+    seeds = [mixed_seed(1, step, index) for step in range(40) for index in range(5)]
+    assert len(set(seeds)) == 200
+    assert all(0 <= seed < 2**63 for seed in seeds)
+    flips = [(a ^ b).bit_count() for a, b in zip(seeds, seeds[1:], strict=False)]
+    assert 28 < sum(flips) / len(flips) < 35
