@@ -7,6 +7,7 @@ the truth: whatever W&B missed, `toolkit wandb-sync RUN` brings there. Nothing s
 neither the command line, the environment, the console output, the code nor the git state of the run.
 """
 
+import configparser
 import contextlib
 import importlib.util
 import json
@@ -96,15 +97,28 @@ def has_key(environ: Mapping[str, str]) -> bool:
     if environ.get("WANDB_API_KEY", "").strip() or environ.get("WANDB_IDENTITY_TOKEN_FILE", "").strip():
         return True
     home = Path(environ.get("HOME") or environ.get("USERPROFILE") or "~").expanduser()
-    own_host = urllib.parse.urlsplit(environ.get("WANDB_BASE_URL", "")).netloc
+    server = _server(environ, home)
+    hosts = _HOSTS if server in ("", *_HOSTS) else (server,)
     for path in [Path(environ["NETRC"])] if environ.get("NETRC") else [home / ".netrc", home / "_netrc"]:
         try:
             entries = netrc.netrc(path)
         except (OSError, netrc.NetrcParseError, UnicodeDecodeError):
             continue
-        if any((found := entries.authenticators(host)) and found[2] for host in (own_host or _HOSTS[0], *_HOSTS)):
+        if any((found := entries.authenticators(host)) and found[2] for host in hosts):
             return True
     return False
+
+
+def _server(environ: Mapping[str, str], home: Path) -> str:
+    """Host and port of a W&B server of one's own, from the environment or `wandb login --host`; empty: W&B's."""
+    url = environ.get("WANDB_BASE_URL", "")
+    if not url:
+        folder = environ.get("WANDB_CONFIG_DIR") or home / ".config" / "wandb"
+        settings = configparser.ConfigParser(interpolation=None)
+        with contextlib.suppress(OSError, configparser.Error, UnicodeDecodeError):
+            settings.read(Path(folder) / "settings")
+            url = settings.get("default", "base_url", fallback="")
+    return urllib.parse.urlsplit(url).netloc
 
 
 class WandbProcess:
@@ -114,7 +128,7 @@ class WandbProcess:
     """
 
     def __init__(self, start: Mapping[str, Any]) -> None:
-        # Not `-m toolkit...`: the worker needs nothing of the toolkit, and -P keeps a folder named wandb out of its way.
+        # -P keeps the worker's own folder off its path: `metrics` and `files` there are no modules of wandb's.
         self._process = subprocess.Popen(
             [sys.executable, "-P", str(WORKER)],
             env={name: value for name, value in os.environ.items() if name not in _NOT_FOR_WANDB},
