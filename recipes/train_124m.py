@@ -26,7 +26,7 @@ CONFIG = TrainConfig(
     training=TrainingConfig(
         tokens_per_step=2**19,  # 524,288: GPT-3 Small's half a million
         max_steps=19_073,  # 2**19 * 19,073 = 10.0 billion tokens: one epoch
-        micro_batch_size=8,  # what `toolkit plan` finds for 12 GB; 2**19 / (8 * 1024) = 64 accumulation steps on one GPU
+        micro_batch_size=16,  # what `toolkit plan` finds for 12 GB; 2**19 / (16 * 1024) = 32 accumulation steps on one GPU
         eval_every=250,
         checkpoint_every=250,  # 131M tokens: about 2.5 hours on an RTX 3060
         sample_every=1000,

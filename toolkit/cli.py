@@ -5,17 +5,23 @@ and a verb needs only the packages that it uses.
 """
 
 import codecs
-import json
+import json as json_format
 import logging
+import runpy
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 from tyro.conf import Positional
 
+from toolkit.config import TrainConfig, load_recipe
 from toolkit.errors import UserError, one_line_errors
+from toolkit.recipe import parse
+
+if TYPE_CHECKING:
+    from toolkit.data.tokenizer import Tokenizer
 
 
 def prepare(
@@ -263,6 +269,65 @@ def audit(
     _print_lines(audit_run(run, data_path=data))
 
 
+def plan(
+    recipe: Positional[Path | None] = None,
+    /,
+    *,
+    device: str = "this",
+    memory_gib: float | None = None,
+    tflops: float | None = None,
+    num_processes: int = 1,
+    json: bool = False,
+) -> Callable[[Sequence[str]], None]:
+    """What a run will cost, without the device: memory, micro-batch, days, disk. Recipe flags (--model.n-layer ...) follow.
+
+    Args:
+        recipe: a recipe file (recipes/train_124m.py) or a run folder; none given: GPT-2 124M on 10 billion tokens.
+        device: rtx3060, 3090, a100, ... (an unknown name lists all), or this: the machine at hand.
+        memory_gib: memory of one device; wins over what the device is known for [GiB].
+        tflops: peak rate of one device in the run's precision [TFLOP/s].
+        num_processes: devices that train together [count].
+        json: prints one JSON object instead of a table.
+    """
+
+    def with_flags(flags: Sequence[str]) -> None:
+        from toolkit.training.plan import plan as make_plan
+
+        config = _recipe(recipe, flags)
+        made = make_plan(config, device=device, memory_gib=memory_gib, tflops=tflops, num_processes=num_processes)
+        _print_lines([json_format.dumps(made.to_dict(), indent=2)] if json else made.lines())
+
+    return with_flags
+
+
+def _recipe(source: Path | None, flags: Sequence[str]) -> TrainConfig:
+    """The configuration in a recipe file or a run folder (none: the 124M recipe's numbers), with flags applied."""
+    if source is None:
+        default = TrainConfig()
+    elif source.is_dir():
+        default = load_recipe(source / "recipe.json")
+    elif source.suffix == ".py" and source.exists():
+        found = runpy.run_path(str(source), run_name="recipe").get("CONFIG")  # not __main__: nothing is trained
+        if not isinstance(found, TrainConfig):
+            raise UserError(f"{source} defines no CONFIG = TrainConfig(...); give one of recipes/*.py")
+        default = found
+    else:
+        raise UserError(f"{source} is neither a recipe file nor a run folder; give one of recipes/*.py or a --run.dir")
+    return parse(default, flags)
+
+
+def _split_flags(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """(a verb's own arguments, recipe flags with their values): a recipe's flags have a dot, --section.field."""
+    own: list[str] = []
+    recipe: list[str] = []
+    target = own
+    for argument in arguments:
+        if argument.startswith("--"):
+            target = recipe if "." in argument.partition("=")[0] else own
+        target.append(argument)
+    return own, recipe
+
+
 def tokenizer_train(
     paths: Positional[tuple[str, ...]], /, *, vocab_size: int, out: Path, text_column: str = "text"
 ) -> None:
@@ -280,22 +345,20 @@ def tokenizer_train(
     print(f"{out}: {tokenizer.vocab_size:,} ids, sha256 {tokenizer.sha256[:12]}")
 
 
-def wandb_sync(
-    run: Positional[Path], /, *, mode: Literal["online", "offline"] = "online", project: str | None = None
-) -> None:
+def wandb_sync(run: Positional[Path], /, *, fresh: bool = False, offline_to: Path | None = None) -> None:
     """A run's metrics.jsonl -> Weights & Biases: each step once, in order, whatever crashed in between.
 
     Args:
         run: run folder.
-        mode: online: to the server; offline: a W&B file in the run folder.
-        project: W&B project; None: the recipe's.
+        fresh: send it as a new W&B run, beside the one that is there.
+        offline_to: write it below this folder as an offline run instead of sending it [path].
     """
     from toolkit.training.wandb_sync import wandb_sync as sync
 
-    _print_lines(sync(run, mode=mode, project=project))
+    _print_lines(sync(run, fresh=fresh, offline_to=offline_to))
 
 
-_VERBS = {
+_VERBS: dict[str, Callable[..., Any]] = {
     "prepare": prepare,
     "adopt": adopt,
     "verify": verify,
@@ -305,6 +368,12 @@ _VERBS = {
     "audit": audit,
     "wandb-sync": wandb_sync,
 }
+# These take a recipe and its flags: they return what is to be done with the flags.
+_RECIPE_VERBS: dict[str, Callable[..., Any]] = {"plan": plan}
+_DESCRIPTION = (
+    "GPT-2 pretraining: prepare data, look after checkpoints, use models. Training runs are started with `accelerate "
+    "launch recipes/...`; `toolkit tokenizer train` makes a tokenizer of one's own."
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -319,14 +388,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 description="A tokenizer of one's own.",
                 args=given[1:],
             )
-        else:
-            tyro.extras.subcommand_cli_from_dict(
-                _VERBS,
-                prog="toolkit",
-                description="GPT-2 pretraining: prepare data, look after checkpoints, use models. Training runs are started "
-                "with `accelerate launch recipes/...`; `toolkit tokenizer train` makes a tokenizer of one's own.",
-                args=given,
-            )
+            return
+        flags: list[str] = []
+        if given[:1] and given[0] in _RECIPE_VERBS:
+            given, flags = _split_flags(given)
+        verbs = _VERBS | _RECIPE_VERBS
+        rest = tyro.extras.subcommand_cli_from_dict(verbs, prog="toolkit", description=_DESCRIPTION, args=given)
+        if rest is not None:
+            rest(flags)
 
 
 def _log_to_stderr() -> None:
@@ -337,8 +406,8 @@ def _log_to_stderr() -> None:
     root.setLevel(logging.INFO)
 
 
-def _print_lines(lines: "Sequence[str] | object") -> None:
-    for line in lines:  # type: ignore[attr-defined]
+def _print_lines(lines: Iterable[str]) -> None:
+    for line in lines:
         print(line, flush=True)
 
 
@@ -366,20 +435,18 @@ def _model_folder(run: Path) -> Path:
     return find_checkpoint(run)
 
 
-def _recipe_of(folder: Path):  # type: ignore[no-untyped-def]
-    from toolkit.config import load_recipe
-
+def _recipe_of(folder: Path) -> TrainConfig | None:
     return load_recipe(folder / "recipe.json") if (folder / "recipe.json").exists() else None
 
 
-def _tokenizer_of(folder: Path):  # type: ignore[no-untyped-def]
+def _tokenizer_of(folder: Path) -> "Tokenizer":
     """The tokenizer of a checkpoint or an exported model, checked against the one that the checkpoint names."""
     from toolkit.data.tokenizer import load_tokenizer
 
     if not (folder / "manifest.json").exists():
         own = folder / "tokenizer.json"
         return load_tokenizer(str(own) if own.exists() else "gpt2")
-    info = json.loads((folder / "manifest.json").read_text())["tokenizer"]
+    info = json_format.loads((folder / "manifest.json").read_text())["tokenizer"]
     own = folder / "tokenizer.json"
     tokenizer = load_tokenizer(str(own) if own.exists() else info["name"])
     if tokenizer.sha256 != info["sha256"]:
