@@ -44,7 +44,8 @@ def _positive(section: str, config: Any, *names: str) -> list[str]:
     ]
 
 
-# fmt: off - a field's comment is its --help and stays on the field's line
+# A field's comment is its --help and stays on the field's line.
+# fmt: off
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -52,9 +53,7 @@ class RunConfig:
     """Where the run lives on disk."""
 
     dir: str = "runs/gpt2"  # folder of this run; starting again with the same folder resumes it [path]
-    resume_from: str | None = (
-        None  # checkpoint folder of another run from which a new run starts [path]; None: no other
-    )
+    resume_from: str | None = None  # checkpoint folder of another run from which a new run starts [path]; None: no other
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -68,13 +67,8 @@ class GPT2Config:
     vocab_size: int = 50257  # ids that the model knows; must be that of the data's tokenizer [ids]
     dropout: float = 0.0  # probability in embeddings, attention and residuals; 0 suits less than one epoch [0..1)
     zero_init_residual: bool = False  # start attn.c_proj and mlp.c_proj at zero instead of GPT-2's scaled normal
-    size: Literal["as-stated", "124M", "355M", "774M", "1558M"] = (
-        "as-stated"  # a published GPT-2 whose n_layer, n_head, n_embd to start from; flags beside it win
-    )
-    init_from: str | None = (
-        None  # GPT-2 weights in Hugging Face format to start from [folder or Hub name]; None: random
-    )
-
+    size: Literal["as-stated", "124M", "355M", "774M", "1558M"] = "as-stated"  # a published GPT-2 whose n_layer, n_head, n_embd to start from; flags beside it win
+    init_from: str | None = None  # GPT-2 weights in Hugging Face format to start from [folder or Hub name]; None: random
     def __post_init__(self) -> None:
         problems = _positive("model", self, "n_layer", "n_head", "n_embd", "context_length", "vocab_size")
         if not problems and self.n_embd % self.n_head:
@@ -107,16 +101,10 @@ def gpt2_config(size: str, **fields: Any) -> GPT2Config:
 class DataConfig:
     """What the run reads."""
 
-    path: tuple[str, ...] = (
-        "data/fineweb-edu-10b",
-    )  # prepared sets; several are mixed by weight: DIR=0.7 DIR=0.3 [folder or fsspec URL]
+    path: tuple[str, ...] = ("data/fineweb-edu-10b",)  # prepared sets; several are mixed by weight: DIR=0.7 DIR=0.3 [folder or fsspec URL]
     sequence_length: int = 1024  # T, tokens in one training window; at most context_length [tokens]
-    shuffle_group_shards: int = (
-        8  # consecutive shards (in the epoch's order) whose windows are permuted together [shards]
-    )
-    cache_dir: str | None = (
-        None  # where shards of a remote set are kept while in use [path]; None: below the user's cache
-    )
+    shuffle_group_shards: int = 8  # consecutive shards (in the epoch's order) whose windows are permuted together [shards]
+    cache_dir: str | None = None  # where shards of a remote set are kept while in use [path]; None: below the user's cache
     cache_gib: float = 4.0  # most disk that the cache of a remote set may use [GiB]
 
     def __post_init__(self) -> None:
@@ -134,9 +122,7 @@ class TrainingConfig:
     tokens_per_step: int = 2**19  # tokens in one optimizer step over all processes; fixes the recipe [tokens]
     micro_batch_size: int | Literal["auto"] = 16  # windows per process in one forward; no part of the result [windows]
     seed: int = 1337  # initial weights, order of the data, dropout, samples
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = (
-        "auto"  # auto: bf16 on CUDA that has it, fp16 on older CUDA, else fp32
-    )
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # auto: bf16 on CUDA that has it, fp16 on older CUDA, else fp32
     eval_every: int | None = 250  # steps between validations; None: only at the last step [steps]
     checkpoint_every: int | None = 250  # steps between checkpoints; None: only at the last step [steps]
     sample_every: int | None = 1000  # steps between sampled texts; None: never [steps]
@@ -147,14 +133,9 @@ class TrainingConfig:
     deterministic: bool = False  # on CUDA, bitwise repeatable kernels at some speed; a CPU is repeatable anyway
     max_skipped_in_a_row: int = 20  # steps in a row without a finite gradient after which the run stops [steps]
     min_loss_scale: float = 1.0  # fp16: a loss scale below this stops the run [factor]
-    spike_z_score: float = (
-        7.0  # a loss this many robust deviations above its recent median is logged as a spike [deviations]
-    )
+    spike_z_score: float = 7.0  # a loss this many robust deviations above its recent median is logged as a spike [deviations]
     on_spike: Literal["log", "rewind"] = "log"  # rewind: go back to the last checkpoint and skip the samples since it
-    watchdog_minutes: float = (
-        30.0  # a process without progress for this long prints its stacks and ends the job [minutes]
-    )
-
+    watchdog_minutes: float = 30.0  # a process without progress for this long prints its stacks and ends the job [minutes]
     def __post_init__(self) -> None:
         counts = ("max_steps", "tokens_per_step", "micro_batch_size", "eval_every", "checkpoint_every", "sample_every")
         others = (
@@ -201,9 +182,7 @@ class OptimizerConfig:
 class ScheduleConfig:
     """The learning rate as a function of the step: warm-up, then (wsd only) a plateau, then the decay, then the floor."""
 
-    name: Literal["cosine", "linear", "constant", "wsd"] = (
-        "cosine"  # shape of the decay; wsd: plateau, then linear decay
-    )
+    name: Literal["cosine", "linear", "constant", "wsd"] = "cosine"  # shape of the decay; wsd: plateau, then linear decay
     warmup_steps: int = 715  # steps of linear warm-up; 375M tokens at 2**19 a step, Brown et al. 2020 [steps]
     decay_steps: int = 18_358  # length of the decay, counted from the end of the warm-up (wsd: of the plateau) [steps]
     stable_steps: int = 0  # wsd only: steps at the peak between warm-up and decay [steps]
@@ -273,9 +252,7 @@ class CheckpointConfig:
 class WandbConfig:
     """Weights & Biases, a mirror of metrics.jsonl that can never stop training."""
 
-    mode: Literal["auto", "online", "offline", "disabled"] = (
-        "auto"  # auto: WANDB_MODE if set, else online with a key, else offline
-    )
+    mode: Literal["auto", "online", "offline", "disabled"] = "auto"  # auto: WANDB_MODE if set, else online with a key, else offline
     project: str = "gpt2-toolkit"  # W&B project
     entity: str | None = None  # W&B user or team; None: the account's default
     name: str | None = None  # name shown in W&B; None: the run folder's name
