@@ -69,6 +69,7 @@ class GPT2Config:
     zero_init_residual: bool = False  # start attn.c_proj and mlp.c_proj at zero instead of GPT-2's scaled normal
     size: Literal["as-stated", "124M", "355M", "774M", "1558M"] = "as-stated"  # a published GPT-2 whose n_layer, n_head, n_embd to start from; flags beside it win
     init_from: str | None = None  # GPT-2 weights in Hugging Face format to start from [folder or Hub name]; None: random
+
     def __post_init__(self) -> None:
         problems = _positive("model", self, "n_layer", "n_head", "n_embd", "context_length", "vocab_size")
         if not problems and self.n_embd % self.n_head:
@@ -136,6 +137,7 @@ class TrainingConfig:
     spike_z_score: float = 7.0  # a loss this many robust deviations above its recent median is logged as a spike [deviations]
     on_spike: Literal["log", "rewind"] = "log"  # rewind: go back to the last checkpoint and skip the samples since it
     watchdog_minutes: float = 30.0  # a process without progress for this long prints its stacks and ends the job [minutes]
+
     def __post_init__(self) -> None:
         counts = ("max_steps", "tokens_per_step", "micro_batch_size", "eval_every", "checkpoint_every", "sample_every")
         others = (
