@@ -19,6 +19,7 @@ from toolkit.failpoint import failpoint
 
 MAX_JSON_BYTES = 16 << 20  # of a JSON file that is parsed
 CHUNK = 16 << 20  # bytes per write and per read: large enough to cost no time, small enough to overlap with hashing
+BEHIND = 64 << 20  # bytes that the disk may lag behind before they are dropped from memory
 
 
 class DamagedFileError(UserError):
@@ -102,12 +103,25 @@ def write_new_file(path: Path, pieces: Sequence[memoryview], *, half_way: str | 
                     half_way = None
                 count = os.write(descriptor, piece[position : position + CHUNK])
                 position, written = position + count, written + count
+                _start_writing_back(descriptor, written)
         os.fsync(descriptor)
     except OSError as error:
         error.filename = error.filename or str(path)
         raise
     finally:
         os.close(descriptor)
+
+
+def _start_writing_back(descriptor: int, written: int) -> None:
+    """Has the disk work while the next bytes are prepared, and memory freed of bytes that are on disk already.
+
+    Why: the fsync at the end then has almost nothing left to wait for, and a checkpoint does not push the training
+    data out of the page cache. DONTNEED starts writing what is dirty and drops what is clean, so that the second call
+    for the same bytes, `BEHIND` later, frees them. Source: Linux, mm/fadvise.c.
+    """
+    if hasattr(os, "posix_fadvise") and written >= CHUNK:
+        start = max(0, written - CHUNK - BEHIND)
+        os.posix_fadvise(descriptor, start, written - start, os.POSIX_FADV_DONTNEED)
 
 
 def replace_file(path: Path, data: bytes) -> None:
