@@ -141,7 +141,10 @@ def test_a_killed_run_continues_as_if_nothing_had_happened(tiny: TrainConfig, tm
     for name in ("model.safetensors", "optimizer.safetensors"):
         assert (tmp_path / "cut" / last / name).read_bytes() == (tmp_path / "whole" / last / name).read_bytes()
     starts = json.loads((tmp_path / "cut" / "run.json").read_text())["starts"]
-    assert [start["resumed_from"] for start in starts] == [None, 4, 6]
+    resumed_from = [start["resumed_from"] for start in starts]
+    assert resumed_from[0] is None
+    assert resumed_from[1] in (2, 4)  # the save of step 4 was in flight in the background
+    assert resumed_from[2] in (4, 6)
 
 
 def long(tiny: TrainConfig, **training: object) -> TrainConfig:

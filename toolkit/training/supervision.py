@@ -36,7 +36,7 @@ class StopRequests:
     """
 
     def __init__(self) -> None:
-        self.reason: str | None = None
+        self._received: signal.Signals | None = None
         self._first: float = 0.0
         self._launcher = os.getppid() if any(name in os.environ for name in _LAUNCHER_VARIABLES) else None
         self._previous: dict[int, object] = {}
@@ -56,21 +56,32 @@ class StopRequests:
 
     def asked(self) -> bool:
         """True once this process should stop; also notices a dead launcher where the system sends no signal for it."""
-        if self.reason is None and self._launcher_died():
-            self.reason = "the launcher has died"
-        return self.reason is not None
+        return self._received is not None or self._launcher_died()
+
+    @property
+    def reason(self) -> str | None:
+        """Why this process should stop; None while it should not.
+
+        The launcher's death is looked for here, not in the handler: its threads die one after the other, and the first
+        death already sends the signal.
+        """
+        if self._launcher_died():
+            return "the launcher has died"
+        return f"received {self._received.name}" if self._received is not None else None
 
     def _launcher_died(self) -> bool:
         return self._launcher is not None and os.getppid() != self._launcher
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        name, now = signal.Signals(number).name, time.monotonic()
-        if self.reason is None:
-            self.reason = "the launcher has died" if self._launcher_died() else f"received {name}"
-            self._first = now
+        received, now = signal.Signals(number), time.monotonic()
+        if self._received is None:
+            self._received, self._first = received, now
         elif now - self._first > SAME_REQUEST_SECONDS and not self._launcher_died():
             # os.write, not logging: a handler may run while a lock of the logging module is held.
-            os.write(2, f"\nreceived {name} again: leaving at once; the last complete checkpoint is intact\n".encode())
+            os.write(
+                2,
+                f"\nreceived {received.name} again: leaving at once; the last complete checkpoint is intact\n".encode(),
+            )
             os._exit(128 + number)
 
 
