@@ -174,7 +174,7 @@ def test_a_flipped_byte_anywhere_in_a_line_is_named_and_kept_aside(tmp_path: Pat
     good = contents(tmp_path)
     lines = good["metrics.jsonl"].splitlines(keepends=True)
     start = sum(map(len, lines[:6]))
-    for offset in range(mask % 5, len(lines[6]), 8):
+    for offset in [*range(mask % 5, len(lines[6]), 8), len(lines[6]) - 1]:
         for name, data in good.items():
             (tmp_path / name).write_bytes(data)
         (tmp_path / "metrics.jsonl.damaged").unlink(missing_ok=True)

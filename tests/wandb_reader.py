@@ -66,7 +66,9 @@ def read_offline_run(path: Path) -> OfflineRun:
                 run.tags = list(record.run.tags)
                 run.config = {item.key: json.loads(item.value_json) for item in record.run.config.update}
             case "history":
-                row = {"/".join(item.nested_key) or item.key: json.loads(item.value_json) for item in record.history.item}
+                row = {
+                    "/".join(item.nested_key) or item.key: json.loads(item.value_json) for item in record.history.item
+                }
                 run.rows.append(row | {"_step": record.history.step.num})
             case "metric":
                 run.metrics[record.metric.name or record.metric.glob_name] = record.metric.step_metric

@@ -37,10 +37,11 @@ class WandbServer:
                     body = gzip.decompress(body)
                 outer._answer(self, body)
 
-            do_PUT = do_POST
+            do_PUT = do_POST  # noqa: N815
 
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self._server.daemon_threads = True
+        self._server.handle_error = lambda *_: None  # type: ignore[method-assign]  # clients that hang up are expected
         self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
         threading.Thread(target=self._server.serve_forever, daemon=True).start()
 

@@ -307,14 +307,14 @@ class WandbMirror:
         if not self._finished:
             self._warn(f"not everything was recorded within {seconds:g} s")
             return
+        if self._finished["left_out"]:
+            logger.info("W&B: it had %d of these rows already and keeps its own", self._finished["left_out"])
         if self._left_out:
             self._warn(f"{self._left_out} rows were left out because it did not take them for too long")
         elif not self._finished["complete"]:
             self._warn("not everything was recorded")
         elif self._started.get("mode") == "offline":
             logger.info("W&B: recorded offline in %s; to send it, after `wandb login`: %s", self._started["dir"], sync)
-        if self._finished["left_out"]:
-            logger.info("W&B: it had %d of these rows already and keeps its own", self._finished["left_out"])
 
     def _warn(self, text: str) -> None:
         if not self._warned:

@@ -183,10 +183,16 @@ class Worker:
                 self._try(run.mark_preempting)
             began = time.monotonic()
             self._try(run.finish, finish["exit_code"])
+            self._try(self._teardown)
             complete = not self._failures and time.monotonic() - began < self._start["finish_seconds"]
             if complete and run.offline and self._logged:  # a full disk is no error to wandb
                 complete = _last_step(Path(run.settings.sync_file)) == self._next_step
         self._report(finished={"complete": complete, "left_out": self._left_out})
+
+    def _teardown(self) -> None:
+        import wandb
+
+        wandb.teardown()  # returns when wandb's helper has written its file and ended
 
     def _try(self, action: Callable[..., None], *arguments: Any) -> None:
         try:
