@@ -324,13 +324,17 @@ class ShardCache:
             Path(f"{self.path(key)}.part").unlink(missing_ok=True)
             file.close()
 
-    def remove(self, key: _Key, *, force: bool = False) -> None:
-        """Removes a shard that no process holds any more, or by force one that is damaged."""
+    def remove(self, key: _Key) -> None:
+        """Removes a shard that no process holds any more."""
         with self._locked():
-            if force:
-                self.path(key).unlink(missing_ok=True)
-            else:
-                self._remove(self.path(key))
+            self._remove(self.path(key))
+
+    def remove_damaged(self, key: _Key, file: Any) -> None:
+        """Removes a shard found damaged, even if others hold it, unless another process has replaced it by now."""
+        with self._locked(), contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(file.fileno()), self.path(key).stat()):
+                self.path(key).unlink()
+        file.close()
 
 
 class Fetcher:
@@ -398,7 +402,10 @@ class Fetcher:
                     self._changed.wait(1.0)
                     if time.monotonic() - reported > REPORT_SECONDS:
                         reported = time.monotonic()
-                        logger.warning("training waits for %s, %.0f s so far", key.where, reported - start)
+                        obstacle = self._deferred[key][2] if key in self._deferred else "it is being fetched"
+                        logger.warning(
+                            "training waits for %s, %.0f s so far: %s", key.where, reported - start, obstacle
+                        )
             finally:
                 self._demanded = None
                 self.seconds_waited += time.monotonic() - start
@@ -477,7 +484,7 @@ class Fetcher:
         waited = waited if before == obstacle else 0.0
         if obstacle == NO_ROOM and key == self._demanded and waited > NO_ROOM_SECONDS:
             self._failed[key] = UserError(
-                f"no room for {key.where} in {self._cache.folder}: its {self.limit_bytes / 2**30:.2f} GiB are in use by "
+                f"no room for {key.where} in {self._cache.folder}: its {self.limit_bytes / 2**30:.3g} GiB are in use by "
                 "other processes; raise --data.cache-gib, or give this run a --data.cache-dir of its own"
             )
             return
@@ -495,8 +502,7 @@ class Fetcher:
             if problem is None:
                 return file
             logger.warning("%s in the cache: %s; fetching it again", key.info.file, problem)
-            file.close()
-            self._cache.remove(key, force=True)
+            self._cache.remove_damaged(key, file)
         for _ in range(1 + FETCH_AGAIN):
             file = self._cache.begin(key, kept=kept)
             try:

@@ -1,0 +1,388 @@
+"""Sets far away: the same samples as a local set, whatever the link does, within a bounded cache that processes share."""
+
+import fcntl
+import http.server
+import json
+import logging
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import pytest
+
+from tests.data_sets import write_set
+from toolkit.data import remote
+from toolkit.data.loader import open_data, sample_windows, training_loader, validation_loader
+from toolkit.data.manifest import read_manifest
+from toolkit.errors import UserError
+
+SETTINGS: dict[str, Any] = {"sequence_length": 16, "seed": 3, "shuffle_group_shards": 2}
+SHARDS, TOKENS = 10, 340
+SHARD_BYTES = 1024 + 2 * TOKENS
+PER_SHARD = (TOKENS - 1) // 16
+ROOM_GIB = 6.5 * SHARD_BYTES / 2**30  # two groups of two shards, two validation shards, and not one more
+
+Fault = Callable[[http.server.BaseHTTPRequestHandler, bytes], bool]
+
+
+class Server:
+    """A web server of one folder on 127.0.0.1; `faults[NAME]` answers a request in its own way and returns True, or False."""
+
+    def __init__(self, folder: Path, *, ranges: bool = True) -> None:
+        self.requests: Counter[str] = Counter()
+        self.faults: dict[str, Fault] = {}
+        server = self
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                name = self.path.partition("?")[0].rpartition("/")[2]
+                server.requests[name] += 1
+                path = folder / name
+                if not path.is_file():
+                    self.send_error(404)
+                    return
+                data = path.read_bytes()
+                fault = server.faults.get(name)
+                if fault is not None and fault(self, data):
+                    return
+                wanted = self.headers.get("Range")
+                if wanted and ranges:
+                    start = int(wanted.removeprefix("bytes=").rstrip("-"))
+                    self.send_response(206)
+                    self.send_header("Content-Range", f"bytes {start}-{len(data) - 1}/{len(data)}")
+                    data = data[start:]
+                else:
+                    self.send_response(200)
+                self.send_header("Content-Length", str(len(data)))
+                self.end_headers()
+                self.wfile.write(data)
+
+            def log_message(self, *arguments: object) -> None:
+                pass
+
+        self._server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self._server.server_address[1]}/data"
+        threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True).start()
+
+    def close(self) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return write_set(tmp_path / "data", [TOKENS] * SHARDS, val=[TOKENS, TOKENS])
+
+
+@pytest.fixture
+def server(folder: Path) -> Iterator[Server]:
+    one = Server(folder)
+    yield one
+    one.close()
+
+
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(remote, "FIRST_BACKOFF_SECONDS", 0.01)
+    monkeypatch.setattr(remote, "OUTAGE_SECONDS", 0.5)
+    monkeypatch.setattr(remote, "OPEN_OUTAGE_SECONDS", 0.1)
+    monkeypatch.setattr(remote, "READ_TIMEOUT_SECONDS", 0.3)
+
+
+def cached_bytes(cache: Path) -> int:
+    """Disk that the cache takes, at a moment when nobody changes it."""
+    with (cache / ".lock").open("ab") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        return sum(path.stat().st_size for path in cache.rglob("*.bin*"))
+
+
+def digests_of(path: str, count: int, *, cache: Path | None = None, first: int = 0, gib: float = ROOM_GIB) -> list[int]:
+    data = open_data(path, cache_dir=str(cache) if cache else None, cache_gib=gib)
+    return [window.digest for window in sample_windows(data, first, count, **SETTINGS)]
+
+
+# ------------------------------------------------------------------------------------------------ the same as a local set
+
+
+def test_order_position_and_validation_are_those_of_a_local_set(folder: Path, tmp_path: Path) -> None:
+    memory = fsspec.filesystem("memory")
+    memory.put(str(folder) + "/", "/far/data/", recursive=True)
+    epoch_and_more = SHARDS * PER_SHARD + 100
+    local = open_data(str(folder))
+    far = open_data("memory://far/data", cache_dir=str(tmp_path / "cache"), cache_gib=ROOM_GIB)
+    assert far.fingerprint == local.fingerprint
+    windows = sample_windows(far, 0, epoch_and_more, **SETTINGS)
+    assert windows == sample_windows(local, 0, epoch_and_more, **SETTINGS)
+    assert sample_windows(far, 777, 20, **SETTINGS) == sample_windows(local, 777, 20, **SETTINGS)
+    batches = [
+        validation_loader(data.sets[0], sequence_length=16, max_tokens=500, micro_batch_size=4) for data in (far, local)
+    ]
+    assert [batch["digest"].tolist() for batch in batches[0]] == [batch["digest"].tolist() for batch in batches[1]]
+    # in a mixture with a local set
+    mixed = open_data([f"{folder}=0.5", "memory://far/data=0.5"], cache_dir=str(tmp_path / "other"), cache_gib=ROOM_GIB)
+    both = open_data([f"{folder}=0.5", f"{folder}=0.5"])
+    assert [window.digest for window in sample_windows(mixed, 0, 99, **SETTINGS)] == [
+        window.digest for window in sample_windows(both, 0, 99, **SETTINGS)
+    ]
+
+
+def test_the_cache_stays_within_its_limit_and_drops_what_was_used(server: Server, tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    data = open_data(server.url, cache_dir=str(cache), cache_gib=ROOM_GIB)
+    loader = training_loader(data, position=0, micro_batch_size=4, **SETTINGS)
+    held = []
+    for batch, _ in zip(loader, range(SHARDS * PER_SHARD // 4 * 2), strict=False):
+        assert batch["digest"].shape == (4,)
+        held.append(cached_bytes(cache))
+    assert max(held) <= ROOM_GIB * 2**30
+    assert (
+        sum(server.requests[f"train_{index:06d}.bin"] for index in range(SHARDS)) >= SHARDS * 3 // 2
+    )  # dropped, fetched again
+
+
+def test_a_set_that_fits_as_a_whole_is_fetched_once(server: Server, tmp_path: Path) -> None:
+    count = 3 * SHARDS * PER_SHARD
+    assert len(digests_of(server.url, count, cache=tmp_path / "cache", gib=1.0)) == count
+    assert set(server.requests.values()) == {1}
+
+
+def test_the_next_group_is_there_before_it_is_needed(server: Server, tmp_path: Path) -> None:
+    data = open_data(server.url, cache_dir=str(tmp_path / "cache"), cache_gib=ROOM_GIB)
+    batches = iter(training_loader(data, position=0, micro_batch_size=1, **SETTINGS))
+    next(batches)
+    fetcher = data.sets[0].remote.fetcher  # type: ignore[union-attr]
+    deadline = time.monotonic() + 5
+    while len(list((tmp_path / "cache").rglob("*.bin"))) < 4 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    waited = fetcher.seconds_waited
+    for _ in range(2 * 2 * PER_SHARD - 1):  # to the end of the second group
+        next(batches)
+    assert fetcher.seconds_waited == waited
+
+
+def test_a_cache_that_is_too_small_is_refused_with_numbers(server: Server, tmp_path: Path) -> None:
+    data = open_data(server.url, cache_dir=str(tmp_path), cache_gib=5 * SHARD_BYTES / 2**30)
+    with pytest.raises(
+        UserError,
+        match=r"data.cache_gib=.* is too small: this group of data.shuffle_group_shards=2 .* or --data.shuffle-group-shards 1$",
+    ):
+        training_loader(data, position=0, micro_batch_size=1, **SETTINGS)
+
+
+def test_what_a_cache_held_before_is_hashed_before_it_is_used(server: Server, folder: Path, tmp_path: Path) -> None:
+    cache, count = tmp_path / "cache", SHARDS * PER_SHARD
+    expected = digests_of(str(folder), count)
+    shutil.copytree(folder, cache / read_manifest(folder).fingerprint[:32])
+    damaged = next(cache.rglob("train_000003.bin"))
+    data = bytearray(damaged.read_bytes())
+    data[1500] ^= 1
+    damaged.write_bytes(data)
+    assert digests_of(server.url, count, cache=cache, gib=1.0) == expected
+    assert server.requests == {"manifest.json": 1, "train_000003.bin": 1}
+
+
+# ------------------------------------------------------------------------------------------------------------- faults
+
+
+def once(fault: Fault) -> Fault:
+    done = []
+
+    def first_time(handler: http.server.BaseHTTPRequestHandler, data: bytes) -> bool:
+        if done:
+            return False
+        done.append(1)
+        return fault(handler, data)
+
+    return first_time
+
+
+def respond(handler: http.server.BaseHTTPRequestHandler, body: bytes, *, length: int | None = None) -> None:
+    handler.send_response(200)
+    handler.send_header("Content-Length", str(len(body) if length is None else length))
+    handler.end_headers()
+    handler.wfile.write(body)
+
+
+def stall(handler: http.server.BaseHTTPRequestHandler, data: bytes) -> bool:
+    respond(handler, data[:700], length=len(data))
+    handler.wfile.flush()
+    time.sleep(1.0)
+    return True
+
+
+def drop(handler: http.server.BaseHTTPRequestHandler, data: bytes) -> bool:
+    respond(handler, data[:700], length=len(data))
+    handler.wfile.flush()
+    handler.connection.shutdown(socket.SHUT_RDWR)
+    return True
+
+
+def corrupt(handler: http.server.BaseHTTPRequestHandler, data: bytes) -> bool:
+    respond(handler, data[:1200] + bytes([data[1200] ^ 255]) + data[1201:])
+    return True
+
+
+def shorter(handler: http.server.BaseHTTPRequestHandler, data: bytes) -> bool:
+    respond(handler, data[:-2])
+    return True
+
+
+def longer(handler: http.server.BaseHTTPRequestHandler, data: bytes) -> bool:
+    respond(handler, data + b"xx")
+    return True
+
+
+def status(code: int) -> Fault:
+    def answer(handler: http.server.BaseHTTPRequestHandler, data: bytes) -> bool:
+        handler.send_error(code)
+        return True
+
+    return answer
+
+
+FAULTS = {"stall": stall, "drop": drop, "corrupt": corrupt, "shorter": shorter, "longer": longer}
+
+
+@pytest.mark.parametrize("ranges", [True, False], ids=["ranges", "no-ranges"])
+@pytest.mark.parametrize("fault", [*FAULTS, "503", "429"])
+def test_a_fault_that_passes_changes_nothing(folder: Path, tmp_path: Path, fault: str, ranges: bool) -> None:
+    server = Server(folder, ranges=ranges)
+    answer = FAULTS.get(fault) or status(int(fault))
+    server.faults = {name: once(answer) for name in ("train_000001.bin", "train_000007.bin")}
+    try:
+        count = SHARDS * PER_SHARD
+        assert digests_of(server.url, count, cache=tmp_path / "cache") == digests_of(str(folder), count)
+        assert server.requests["train_000001.bin"] == 2
+    finally:
+        server.close()
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        (
+            corrupt,
+            r"train_000001.bin: its sha256 is .*, also when fetched again; the shard there is not that of manifest",
+        ),
+        (
+            shorter,
+            r"train_000001.bin: it has 1702 bytes, not the 1704 that manifest.json says, also when fetched again",
+        ),
+        (longer, r"train_000001.bin: it has more than the 1704 bytes"),
+        (stall, r"train_000001.bin: no progress for .* attempts \(TimeoutError: timed out\); check the connection"),
+        (status(503), r"train_000001.bin: no progress for .* attempts \(HTTP status 503\)"),
+        (status(404), r"train_000001.bin: HTTP status 404; check the URL and your access to it"),
+        (status(403), r"train_000001.bin: HTTP status 403"),
+    ],
+    ids=["corrupt", "shorter", "longer", "stall", "503", "404", "403"],
+)
+def test_a_fault_that_stays_is_one_clear_line(server: Server, tmp_path: Path, fault: Fault, message: str) -> None:
+    server.faults["train_000001.bin"] = fault
+    with pytest.raises(UserError, match=message) as caught:
+        digests_of(server.url, SHARDS * PER_SHARD, cache=tmp_path / "cache")
+    assert "\n" not in str(caught.value)
+    assert "data/train_000001.bin" in str(caught.value)
+
+
+def test_a_shard_that_failed_early_is_tried_again_when_it_is_needed(
+    server: Server, folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    data = open_data(server.url, cache_dir=str(tmp_path / "cache"), cache_gib=ROOM_GIB)
+    order = [window.shard for window in sample_windows(open_data(str(folder)), 0, SHARDS * PER_SHARD, **SETTINGS)]
+    later = next(shard for shard in order if shard not in order[: 2 * PER_SHARD])  # of the second group
+    server.faults[later] = status(404)
+    batches = iter(training_loader(data, position=0, micro_batch_size=1, **SETTINGS))
+    with caplog.at_level(logging.WARNING):
+        next(batches)
+        deadline = time.monotonic() + 5
+        while later not in caplog.text and time.monotonic() < deadline:
+            time.sleep(0.01)
+    assert later in caplog.text
+    server.faults.clear()
+    for _ in range(4 * PER_SHARD):
+        next(batches)
+
+
+def test_a_set_that_cannot_be_opened_is_one_clear_line(server: Server, tmp_path: Path) -> None:
+    cache = str(tmp_path / "cache")
+    server.faults["manifest.json"] = status(404)
+    with pytest.raises(UserError, match=r"127.0.0.1:\d+/nothing/nowhere/manifest.json: HTTP status 404"):
+        open_data(server.url.replace("data", "nothing/nowhere"), cache_dir=cache)
+    server.faults["manifest.json"] = lambda handler, data: bool(respond(handler, b'{"schema_version": 9}')) or True
+    with pytest.raises(UserError, match=r"/data/manifest.json: schema_version=9 is not the 1"):
+        open_data(server.url, cache_dir=cache)
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        url = f"http://user:hunter2@127.0.0.1:{closed.getsockname()[1]}/x?token=hunter2"
+        with pytest.raises(UserError, match=r"no progress for .*Connection refused") as caught:
+            open_data(url, cache_dir=cache)
+    assert "hunter2" not in str(caught.value)
+    with pytest.raises(UserError, match=r"memory://no/such/manifest.json does not exist"):
+        open_data("memory://no/such", cache_dir=cache)
+    with pytest.raises(UserError, match=r"nonsense://x: .*; use a folder or a URL such as"):
+        open_data("nonsense://x", cache_dir=cache)
+    with pytest.raises(UserError, match=r"s3://bucket/x: .*s3fs.*install the package that it names"):
+        open_data("s3://bucket/x", cache_dir=cache)
+
+
+def test_a_query_in_the_url_goes_along_and_stays_out_of_messages(server: Server, tmp_path: Path) -> None:
+    data = open_data(server.url + "?signature=hunter2", cache_dir=str(tmp_path), cache_gib=ROOM_GIB)
+    assert data.sets[0].path == server.url
+    assert data.sets[0].name == "data"
+    server.faults["train_000001.bin"] = status(404)
+    with pytest.raises(UserError) as caught:
+        sample_windows(data, 0, SHARDS * PER_SHARD, **SETTINGS)
+    assert "hunter2" not in str(caught.value)
+
+
+def test_a_full_disk_is_one_clear_line(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TOOLKIT_FAILPOINTS", "remote.before-rename=fail@3+")
+    with pytest.raises(UserError, match=r"the cache of remote shards: .*No space left on device"):
+        digests_of(server.url, SHARDS * PER_SHARD, cache=tmp_path / "cache")
+
+
+# ------------------------------------------------------------------------------------------------- several processes
+
+READER = """
+import json, sys
+from toolkit.data.loader import open_data, training_loader
+
+url, cache, gib, count = sys.argv[1], sys.argv[2], float(sys.argv[3]), int(sys.argv[4])
+data = open_data(url, cache_dir=cache, cache_gib=gib)
+loader = training_loader(data, sequence_length=16, seed=3, shuffle_group_shards=2, micro_batch_size=1, position=0)
+print(json.dumps([digest for _, batch in zip(range(count), loader) for digest in batch["digest"].tolist()]))
+"""
+
+
+def test_processes_share_a_cache_and_one_may_be_killed(server: Server, folder: Path, tmp_path: Path) -> None:
+    script, cache, count = tmp_path / "reader.py", tmp_path / "cache", SHARDS * PER_SHARD
+    script.write_text(READER)
+
+    def start(failpoints: str = "") -> "subprocess.Popen[str]":
+        return subprocess.Popen(
+            [sys.executable, str(script), server.url, str(cache), str(ROOM_GIB), str(count)],
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "TOOLKIT_FAILPOINTS": failpoints, "OMP_NUM_THREADS": "1"},
+        )
+
+    killed = start("remote.before-rename=kill@3")
+    assert killed.wait(timeout=120) == -signal.SIGKILL
+    assert list(cache.rglob("*.part"))
+    reader = start()  # it reads while we do, through the same cache
+    expected = digests_of(str(folder), count)
+    while reader.poll() is None:
+        assert digests_of(server.url, count, cache=cache) == expected
+    assert json.loads(reader.communicate()[0]) == expected
+    assert reader.returncode == 0
+    assert cached_bytes(cache) <= ROOM_GIB * 2**30
