@@ -17,11 +17,13 @@ from torch import Tensor
 from toolkit.config import TrainConfig, to_dict
 from toolkit.errors import UserError, describe_os_error
 from toolkit.training import checkpoint
-from toolkit.training.metrics import RunLog
+from toolkit.training.metrics import RunLog, log_path, read_rows
 from toolkit.training.run_folder import RunFolder
 from toolkit.training.wandb_mirror import WandbMirror
 
 logger = logging.getLogger(__name__)
+
+CURVE_POINTS = 8  # rows of the validation curve that are printed at the end
 
 
 class RunRecords:
@@ -152,6 +154,16 @@ class RunRecords:
         self.log.sync()
         self.folder.set_status(ended, step=step, reason=reason)
         self._ended = ended
+
+    def curve(self) -> Iterator[str]:
+        """The main points of the validation curve so far, as the lines of a table; nothing if there is no validation."""
+        points = [row for row in read_rows(log_path(self.folder.path, "metrics")) if "loss/val" in row]
+        if points:
+            yield "    step    validation loss    bits per byte"
+        shown = min(len(points), CURVE_POINTS)
+        for index in range(shown):  # evenly spread, with the first and the last
+            row = points[index * (len(points) - 1) // max(1, shown - 1)]
+            yield f"{row['step']:>8}    {row['loss/val']:>15.4f}    {row['bits_per_byte/val']:>13.4f}"
 
     def close(self, *, step: int, failure: str | None) -> None:
         """Ends W&B's run, closes the logs and lets go of the folder; never raises."""

@@ -11,7 +11,7 @@ import logging
 import math
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -65,6 +65,13 @@ from toolkit.training.supervision import StopRequests, Watchdog
 logger = logging.getLogger(__name__)
 
 GARBAGE_EVERY = 100  # steps between collections of cyclic garbage
+# What the communication libraries say when another process has died. Source: messages of gloo's transport and of NCCL.
+SIGNS_OF_A_LOST_PEER = (
+    "Connection closed by peer",
+    "Connection reset by peer",
+    "Connection refused",
+    "ncclRemoteError",
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -111,7 +118,6 @@ class Trainer:
         self.records: RunRecords | None = None  # of the main process alone
         self.progress = Progress(config.training.max_steps)
         self._started = time.monotonic()
-        self._ended = False
 
         self.step = 0
         self.position = 0  # global samples consumed
@@ -141,7 +147,7 @@ class Trainer:
 
     def fit(self) -> None:
         """Trains until `max_steps`, a stop request or `max_hours`; resumes if the run folder holds a checkpoint."""
-        with self:
+        with self, self._naming_lost_peers():
             if self.finished:
                 return
             self.resume()
@@ -206,10 +212,13 @@ class Trainer:
             except torch.OutOfMemoryError:
                 self.optimizer.zero_grad()
                 if self.processes.count > 1:
-                    raise UserError(
+                    message = (
                         f"process {self.processes.index} ran out of memory in step {self.step + 1}; the last checkpoint is "
                         f"intact: start again with --training.micro-batch-size {max(1, self.micro_batch_size // 2)}"
-                    ) from None
+                    )
+                    if not self.is_main:  # whose errors are printed anyway
+                        logger.error("error: %s", message)
+                    raise UserError(message) from None
             self._halve_micro_batch()
             self._start_loader()  # the same samples again, from the step's first
 
@@ -463,8 +472,24 @@ class Trainer:
                 self.records.finish("preempted" if stopped else "finished", step=self.step, reason=reason)
         if stopped:
             self._say(f"stopped at step {self.step} ({self._stop_reason()}); the same command continues from there")
-        else:
-            self._say(f"finished at step {self.step}; weights: {self.config.run.dir}/checkpoints/step-{self.step:08d}")
+            return
+        if self.records is not None:
+            for line in self.records.curve():
+                self._say(line)
+        self._say(f"finished at step {self.step}; weights: {self.config.run.dir}/checkpoints/step-{self.step:08d}")
+
+    @contextmanager
+    def _naming_lost_peers(self) -> Iterator[None]:
+        """Says in one line that another process has gone, instead of where this one happened to wait for it."""
+        try:
+            yield
+        except RuntimeError as error:
+            if not any(sign in str(error) for sign in SIGNS_OF_A_LOST_PEER):
+                raise
+            raise UserError(
+                f"process {self.processes.index} lost the connection to another process in step {self.step + 1}; what that "
+                "process printed, or the launcher's report, names the first cause; the last checkpoint is intact"
+            ) from None
 
     def close(self, *, failure: str | None = None) -> None:
         """Lets go of everything: logs, W&B, signal handlers, the run folder's lock, the process group."""
