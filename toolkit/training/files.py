@@ -101,7 +101,8 @@ def write_new_file(path: Path, pieces: Sequence[memoryview], *, half_way: str | 
                 if half_way and written >= middle:
                     failpoint(half_way)
                     half_way = None
-                count = os.write(descriptor, piece[position : position + CHUNK])
+                most = min(CHUNK, middle - written) if half_way else CHUNK
+                count = os.write(descriptor, piece[position : position + most])
                 position, written = position + count, written + count
                 _start_writing_back(descriptor, written)
         os.fsync(descriptor)
@@ -158,7 +159,7 @@ def opened(path: Path, *, size: int | None = None) -> Iterator[int]:
     """
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise DamagedFileError(f"{path} is missing") from None
     except OSError as error:
         if error.errno == errno.ELOOP:
@@ -186,7 +187,7 @@ def read_bounded(path: Path, *, size: int | None = None, most: int = MAX_JSON_BY
         if found > most:
             raise DamagedFileError(f"{path} has {found} bytes, more than the {most} that such a file may have")
         data = b""
-        while part := os.pread(descriptor, most - len(data), len(data)):
+        while part := os.pread(descriptor, found - len(data), len(data)):
             data += part
         return data
 
@@ -194,7 +195,7 @@ def read_bounded(path: Path, *, size: int | None = None, most: int = MAX_JSON_BY
 def stream_sha256(descriptor: int) -> str:
     """The hash of an open file of any size, read through a small buffer."""
     digest = hashlib.sha256()
-    buffer = memoryview(bytearray(CHUNK))
+    buffer = memoryview(bytearray(min(CHUNK, os.fstat(descriptor).st_size)))
     position = 0
     while count := os.preadv(descriptor, [buffer], position):
         digest.update(buffer[:count])
