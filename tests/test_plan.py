@@ -3,7 +3,9 @@
 import gc
 import json
 import math
+import runpy
 import weakref
+from pathlib import Path
 
 import pytest
 import torch
@@ -90,7 +92,7 @@ def bytes_saved_by_autograd(config, precision):
 def test_saved_bytes_are_those_that_autograd_really_saves(model, checkpointing, precision, chunk):
     config = recipe(model, sequence_length=40, activation_checkpointing=checkpointing, loss_chunk_tokens=chunk, batch=3)
     predicted = saved_activation_bytes(config, precision, micro_batch_size=3)
-    assert predicted == pytest.approx(bytes_saved_by_autograd(config, precision), rel=0.01)
+    assert predicted == pytest.approx(bytes_saved_by_autograd(config, precision), rel=0.002)
 
 
 class AllocatedBytes(TorchDispatchMode):
@@ -181,6 +183,12 @@ def test_the_124m_recipe_on_12_gb():
     assert memory_estimate(RECIPE, "bf16", micro_batch_size=32).peak > usable_bytes(12 * GIB)
 
 
+def test_the_recipe_file_has_the_micro_batch_that_the_plan_finds_for_12_gb():
+    path = Path(__file__).parents[1] / "recipes" / "train_124m.py"
+    config = runpy.run_path(str(path), run_name="recipe")["CONFIG"]
+    assert config.training.micro_batch_size == plan(config, "rtx3060").micro_batch_size
+
+
 @pytest.mark.parametrize("num_processes", [1, 2, 8])
 @pytest.mark.parametrize("memory_gib", [6, 8, 12, 24])
 def test_the_largest_micro_batch_divides_fits_and_is_the_largest(memory_gib, num_processes):
@@ -237,7 +245,7 @@ def test_checkpointing_and_chunking_make_room():
 )
 def test_what_cannot_be_planned_is_refused_in_one_line(config, options, message):
     with pytest.raises(UserError, match=message) as error:
-        plan(config, options.pop("device", None), **options)
+        plan(config, options.pop("device", "this"), **options)
     assert "\n" not in str(error.value)
 
 
@@ -278,6 +286,8 @@ def test_a_device_as_described_and_this_machine():
     assert here.memory_bytes > 0
     assert here.micro_batch_size == 4
     assert "this machine" in here.lines()[1]
+    if not torch.cuda.is_available():  # processes on one machine share its memory
+        assert plan(config, "this", num_processes=2).memory_bytes == here.memory_bytes // 2
 
 
 def test_lines_and_json_say_the_same():

@@ -160,7 +160,7 @@ class Plan:
 
 def plan(
     config: TrainConfig,
-    device: str | None = None,
+    device: str = "this",
     *,
     memory_gib: float | None = None,
     tflops: float | None = None,
@@ -168,14 +168,16 @@ def plan(
 ) -> Plan:
     """What this recipe needs on `num_processes` devices of a kind, and the largest micro-batch that fits.
 
-    `device` is a key of `hardware.DEVICES` or "this" for the machine at hand; `memory_gib` and `tflops` beside it win.
-    None means a device described by both of them, and "this" where one is missing.
+    `device` is a key of `hardware.DEVICES` or "this" for the machine at hand; `memory_gib` and `tflops` beside it win,
+    and both of them without a key describe a device of their own.
     Raises: UserError for an unknown device, impossible numbers, or a model that fits with no micro-batch.
     """
     for name, value in (("memory_gib", memory_gib), ("tflops", tflops), ("num_processes", num_processes)):
         if value is not None and not 0 < value < math.inf:
             raise UserError(f"{name}={value} must be above 0")
-    label, memory_bytes, peak_tflops, precision = _describe(config, device, memory_gib=memory_gib, tflops=tflops)
+    label, memory_bytes, peak_tflops, precision = _describe(
+        config, device, memory_gib=memory_gib, tflops=tflops, num_processes=num_processes
+    )
     micro_batch_size = largest_micro_batch(
         config, precision, memory_bytes=memory_bytes, num_processes=num_processes, device=label
     )
@@ -357,26 +359,28 @@ def _nothing_fits(config: TrainConfig, precision: Precision, *, usable: int, mem
 
 
 def _describe(
-    config: TrainConfig, device: str | None, *, memory_gib: float | None, tflops: float | None
+    config: TrainConfig, device: str, *, memory_gib: float | None, tflops: float | None, num_processes: int
 ) -> tuple[str, int, float | None, Precision]:
     """(label, memory [bytes], peak [TFLOP/s] or None, precision) of the device that was asked for."""
     asked = config.training.precision
     precision: Precision
-    if device is None and memory_gib is not None and tflops is not None:
+    if device == "this" and memory_gib is not None and tflops is not None:
         precision = "bf16" if asked == "auto" else asked
         return "a device as described", int(memory_gib * GIB), tflops, precision
-    if device in (None, "this"):
+    if device == "this":
         precision = resolve_precision(asked)
         own = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         memory_bytes = device_memory_bytes(own) if memory_gib is None else int(memory_gib * GIB)
+        if own.type == "cpu" and memory_gib is None:
+            memory_bytes //= num_processes  # they share one machine's memory
         if tflops is None:
             tflops = _own_tflops(own, precision)
         return f"this machine, {device_name(own)}", memory_bytes, tflops, precision
-    known = find_device(str(device))
+    known = find_device(device)
     if known is None:
         raise UserError(
-            f"device {device!r} is not known; use this, {', '.join(entry.key for entry in DEVICES)}, or describe it with "
-            "--memory-gib and --tflops"
+            f"device {device!r} is not known; use this, {', '.join(entry.key for entry in DEVICES)}, or leave "
+            "--device out and give --memory-gib and --tflops"
         )
     precision = asked if asked != "auto" else ("bf16" if known.has_bf16 else "fp16")
     peak = known.peak_tflops(precision)
