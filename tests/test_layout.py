@@ -26,6 +26,7 @@ ALLOWED = {
     "toolkit.model": LEAVES,
     "toolkit.evaluation": (*LEAVES, "toolkit.data", "toolkit.model"),
     "toolkit.training.trainer": (*LEAVES, "toolkit.data", "toolkit.model", "toolkit.evaluation", "toolkit.training"),
+    "toolkit.training.resume_worker": ("toolkit",),
     "toolkit.training": (*LEAVES, "toolkit.data", "toolkit.model", "toolkit.evaluation"),
     "toolkit.recipe": ("toolkit",),
     "toolkit.cli": ("toolkit",),

@@ -273,7 +273,7 @@ def plan(
     recipe: Positional[Path | None] = None,
     /,
     *,
-    device: str = "this",
+    device: str | None = None,
     memory_gib: float | None = None,
     tflops: float | None = None,
     num_processes: int = 1,
@@ -283,7 +283,8 @@ def plan(
 
     Args:
         recipe: a recipe file (recipes/train_124m.py) or a run folder; none given: GPT-2 124M on 10 billion tokens.
-        device: rtx3060, 3090, a100, ... (an unknown name lists all), or this: the machine at hand.
+        device: rtx3060, 3090, a100, ... (an unknown name lists all), or this: the machine at hand, which is also meant by
+            None unless memory and rate are given.
         memory_gib: memory of one device; wins over what the device is known for [GiB].
         tflops: peak rate of one device in the run's precision [TFLOP/s].
         num_processes: devices that train together [count].
@@ -296,6 +297,33 @@ def plan(
         config = _recipe(recipe, flags)
         made = make_plan(config, device=device, memory_gib=memory_gib, tflops=tflops, num_processes=num_processes)
         _print_lines([json_format.dumps(made.to_dict(), indent=2)] if json else made.lines())
+
+    return with_flags
+
+
+def verify_resume(
+    recipe: Positional[Path | None] = None,
+    /,
+    *,
+    steps: int = 10,
+    cut: int | None = None,
+    num_processes: int = 1,
+) -> Callable[[Sequence[str]], None]:
+    """Proves on this machine that a resumed run equals an uninterrupted one to the bit. Recipe flags follow.
+
+    Args:
+        recipe: a recipe file (recipes/train_124m.py) or a run folder; none given: GPT-2 124M.
+        steps: steps of the uninterrupted run [steps].
+        cut: step at which the other run stops and starts again; None: half-way [steps].
+        num_processes: processes of each run [count].
+    """
+
+    def with_flags(flags: Sequence[str]) -> None:
+        from toolkit.training.verify_resume import verify_resume as verify_it
+
+        config = _recipe(recipe, flags)
+        at = cut if cut is not None else max(1, steps // 2)
+        _print_lines(verify_it(config, steps=steps, cut=at, num_processes=num_processes))
 
     return with_flags
 
@@ -369,7 +397,7 @@ _VERBS: dict[str, Callable[..., Any]] = {
     "wandb-sync": wandb_sync,
 }
 # These take a recipe and its flags: they return what is to be done with the flags.
-_RECIPE_VERBS: dict[str, Callable[..., Any]] = {"plan": plan}
+_RECIPE_VERBS: dict[str, Callable[..., Any]] = {"plan": plan, "verify-resume": verify_resume}
 _DESCRIPTION = (
     "GPT-2 pretraining: prepare data, look after checkpoints, use models. Training runs are started with `accelerate "
     "launch recipes/...`; `toolkit tokenizer train` makes a tokenizer of one's own."

@@ -9,6 +9,7 @@ import sys
 from importlib import metadata
 from typing import Literal
 
+import psutil
 import torch
 
 from toolkit.config import Precision
@@ -93,10 +94,10 @@ def device_name(device: torch.device) -> str:
 
 
 def device_memory_bytes(device: torch.device) -> int:
-    """Memory that the device has in all; for a CPU that of the machine."""
+    """Memory that one process may count on: the device's; of a CPU's, its part of what the machine has free now."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return int(psutil.virtual_memory().available) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def library_versions() -> dict[str, str]:
