@@ -173,7 +173,8 @@ class CheckpointWriter:
         """Copies everything that a checkpoint holds; training may go on as soon as this returns.
 
         Waits for the save in flight first. `manifest` holds tokens, data_fingerprint, layout (what equal bits depend
-        on, library versions included) and any other facts; `validation_loss` is the loss of exactly these weights (for keep_best), None if it was not measured.
+        on, library versions included) and any other facts; `validation_loss` is the loss of exactly these weights (for
+        keep_best), None if it was not measured. `extra` are small files to keep beside the others.
 
         Raises: UserError if the save before failed; ValueError for a number that JSON does not have.
         """
@@ -247,12 +248,11 @@ class CheckpointWriter:
     def _save(self, snapshot: _Snapshot) -> None:
         try:
             _write_checkpoint(self.folder, snapshot)
+            self._prune(snapshot.step)
         except OSError as error:
             self._error = UserError(_describe_failure(error, self.folder, snapshot))
         except Exception as error:
             self._error = error
-        else:
-            self._prune(snapshot.step)
         if self._error is not None:  # said at once: the boundary at which it is raised may be minutes away
             logger.error("%s", self._error)
 
@@ -297,8 +297,8 @@ class _Hashing(threading.Thread):
 def _write_checkpoint(folder: Path, snapshot: _Snapshot) -> None:
     """Writes one checkpoint folder, complete or not at all; durable when this returns.
 
-    A damaged folder of the same step is renamed aside (`.damaged-step-...`); a valid one with the same content is left
-    as it is; a valid one with other content (the step was redone after a rewind) is replaced.
+    A damaged folder of the same step is renamed aside (`.damaged-step-...`); a valid one with the same weights, moments
+    and state is left as it is; a valid one with others (the step was redone after a rewind) is replaced.
 
     Raises: UserError if the space does not suffice; OSError for whatever the operating system refuses.
     """
@@ -346,8 +346,8 @@ def _put_in_place(temporary: Path, target: Path, files: Mapping[str, Any]) -> No
         target.rename(aside)
         logger.warning("%s was damaged (%s) and is now %s", target, problems[0], aside.name)
         temporary.rename(target)
-    elif read_manifest(target)["files"] == files:
-        shutil.rmtree(temporary)  # the same bytes are there already
+    elif all(read_manifest(target)["files"][file] == files[file] for file in REQUIRED_FILES):
+        shutil.rmtree(temporary)  # the same step is there already; only the records of the starts may differ
     else:
         old = target.with_name(f".old-{target.name}-{_mark()}")
         target.rename(old)
