@@ -170,7 +170,7 @@ def _texts_of_rows(block: Block, counts: Counts) -> Iterator[str | None]:
 def _texts_of_lines(block: Block, counts: Counts) -> Iterator[str | None]:
     header, column = block.header, block.header["column"]
     offset = header["offset"]
-    lines: list[bytes] | list[bytearray] = block.payload.split(b"\n")
+    lines = list[bytes | bytearray](block.payload.split(b"\n"))
     if not lines[-1]:
         lines.pop()  # what follows the last line's end
     for number, line in enumerate(lines, header["line"]):

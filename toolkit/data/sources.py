@@ -12,15 +12,21 @@ source whose files change meanwhile is refused. Does not: tokenize, split, write
 
 import codecs
 import contextlib
+import functools
 import gzip
 import hashlib
 import io
 import json
 import logging
 import os
+import platform
+import re
 import sysconfig
+import time
 import zlib
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Literal, cast
@@ -119,8 +125,8 @@ class Source:
                 yield block
                 index = block.end.file
                 continue
-            read = {"text": _long_text, "jsonl": _jsonl, "parquet": _parquet}[file.format]
             with _readable(file):
+                read = _read_remote if _is_remote(file) else _read_local
                 yield from read(context, position, self.text_column)
                 _check_unchanged(file)
             index += 1
@@ -263,7 +269,7 @@ def _open_stdlib(text_column: str) -> Source:
         kind="stdlib",
         files=tuple(_local_file(path, path.relative_to(root).as_posix()) for path in paths),
         text_column=text_column,
-        details={"python": sysconfig.get_python_version()},
+        details={"python": platform.python_version()},
     )
 
 
@@ -282,6 +288,24 @@ class _Context:
 
     def next_file(self) -> Position:
         return Position(file=self.index + 1)
+
+
+def _read_local(context: _Context, position: Position, text_column: str) -> Iterator[Block]:
+    if context.file.format != "parquet":
+        yield from _READERS[context.file.format](context, position, text_column)
+        return
+    import pyarrow
+
+    try:
+        yield from _parquet(context, position, text_column)
+    except pyarrow.ArrowException as error:
+        raise UserError(
+            f"{context.file.label} is damaged, cut short or not Parquet ({_first_line(error)}); get it again"
+        ) from None
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:200]
 
 
 def _open(file: SourceFile) -> IO[bytes]:
@@ -554,20 +578,30 @@ def _announce_line(context: _Context, start: int, number: int) -> None:
 # --- Parquet ---------------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _RowGroup:
+    """A row group of a Parquet file: which rows it holds, and how much of the text column."""
+
+    index: int
+    start: int
+    end: int
+    size: int  # uncompressed [bytes]
+    compressed: int  # [bytes]
+
+
 def _parquet(context: _Context, position: Position, text_column: str) -> Iterator[Block]:
-    import pyarrow
+    with _open(context.file) as stream:
+        table = _open_table(stream)
+        for group in _row_groups(context, table, position.row, text_column):
+            yield from _rows(context, table, group, max(position.row, group.start), text_column)
+
+
+def _open_table(stream: IO[bytes], *, metadata: Any = None) -> Any:
+    """The Parquet file in a stream, read a little at a time; a remote one, whose metadata is known, in whole ranges."""
     from pyarrow import parquet
 
-    file = context.file
-    with _open(file) as stream:
-        try:
-            table = parquet.ParquetFile(stream, pre_buffer=False, buffer_size=BLOCK_BYTES)
-            _check_column(table.schema_arrow, text_column, file.label)
-            for start, batches in _row_groups(context, table, position.row, text_column):
-                yield from _rows(context, batches, start, table.metadata.num_rows)
-        except pyarrow.ArrowException as error:
-            reason = str(error).splitlines()[0][:200]
-            raise UserError(f"{file.label} is damaged, cut short or not Parquet ({reason}); get it again") from None
+    whole = metadata is not None
+    return parquet.ParquetFile(stream, metadata=metadata, pre_buffer=whole, buffer_size=0 if whole else BLOCK_BYTES)
 
 
 def _check_column(schema: Any, text_column: str, label: str) -> None:
@@ -581,61 +615,61 @@ def _check_column(schema: Any, text_column: str, label: str) -> None:
         raise UserError(f"{label}: the column {text_column!r} is {kind}, not a string; name another with --text-column")
 
 
-def _row_groups(context: _Context, table: Any, first_row: int, column: str) -> Iterator[tuple[int, Iterator[Any]]]:
-    """(number of the first row, Arrow arrays of the column from there on) for each row group from `first_row` on."""
-    group_start = 0
-    for group in range(table.num_row_groups):
-        metadata = table.metadata.row_group(group)
-        group_end = group_start + metadata.num_rows
-        if group_end > first_row:
+def _row_groups(context: _Context, table: Any, first_row: int, column: str) -> list[_RowGroup]:
+    """The row groups that hold rows from `first_row` on; announces documents that take much memory."""
+    _check_column(table.schema_arrow, column, context.file.label)
+    found, start = [], 0
+    for index in range(table.num_row_groups):
+        metadata = table.metadata.row_group(index)
+        end = start + metadata.num_rows
+        if end > first_row:
             chunks = [metadata.column(n) for n in range(metadata.num_columns)]
-            size = sum(chunk.total_uncompressed_size for chunk in chunks if chunk.path_in_schema == column)
-            average = size // max(1, metadata.num_rows)
+            chunks = [chunk for chunk in chunks if chunk.path_in_schema == column]
+            group = _RowGroup(
+                index=index,
+                start=start,
+                end=end,
+                size=sum(chunk.total_uncompressed_size for chunk in chunks),
+                compressed=sum(chunk.total_compressed_size for chunk in chunks),
+            )
+            average = group.size // metadata.num_rows
             if average > LARGE_DOCUMENT_BYTES:
                 context.notice(
-                    f"{context.file.label} rows {group_start} to {group_end - 1} have {average / 2**20:.0f} MiB each: "
-                    f"reading one takes up to {6 * average / 2**30:.1f} GiB of memory"
+                    f"{context.file.label} rows {start} to {end - 1} have {average / 2**20:.0f} MiB each: reading one takes "
+                    f"up to {6 * average / 2**30:.1f} GiB of memory"
                 )
-            rows = max(1, min(ROWS_AT_A_TIME, BLOCK_BYTES // max(1, average)))
-            start = max(first_row, group_start)
-            yield start, _arrays(table, group, column, rows, skip=start - group_start)
-        group_start = group_end
+            found.append(group)
+        start = end
+    return found
 
 
-def _arrays(table: Any, group: int, column: str, rows: int, *, skip: int) -> Iterator[Any]:
-    for batch in table.iter_batches(batch_size=rows, row_groups=[group], columns=[column], use_threads=False):
+def _rows(context: _Context, table: Any, group: _RowGroup, first_row: int, column: str) -> Iterator[Block]:
+    """Blocks of about BLOCK_BYTES from a row group, from a row on."""
+    num_rows = table.metadata.num_rows
+    rows_at_a_time = max(1, min(ROWS_AT_A_TIME, BLOCK_BYTES * (group.end - group.start) // max(1, group.size)))
+    row, skip = first_row, first_row - group.start
+    lengths: list[int] = []
+    parts: list[bytes] = []
+    for batch in table.iter_batches(
+        batch_size=rows_at_a_time, row_groups=[group.index], columns=[column], use_threads=False
+    ):
         if skip >= len(batch):
             skip -= len(batch)
             continue
-        yield batch.column(0).slice(skip)
+        array_lengths, data = _strings(batch.column(0).slice(skip))
         skip = 0
-
-
-def _rows(context: _Context, arrays: Iterator[Any], row: int, num_rows: int) -> Iterator[Block]:
-    """Blocks of about BLOCK_BYTES from a row group's arrays."""
-    lengths: list[int] = []
-    parts: list[bytes] = []
-
-    def block() -> Block:
-        end = row + len(lengths)
-        return Block(
-            form="rows",
-            header={"name": context.file.label, "row": row},
-            payload=pack_rows(lengths, b"".join(parts)),
-            end=context.position(row=end) if end < num_rows else context.next_file(),
-            source_bytes=context.before + context.file.size * end // num_rows,
-        )
-
-    for array in arrays:
-        array_lengths, data = _strings(array)
         lengths += array_lengths
         parts.append(data)
-        if sum(map(len, parts)) >= BLOCK_BYTES:
-            yield block()
-            row += len(lengths)
-            lengths, parts = [], []
-    if lengths:
-        yield block()
+        end = row + len(lengths)
+        if end == group.end or sum(map(len, parts)) >= BLOCK_BYTES:
+            yield Block(
+                form="rows",
+                header={"name": context.file.label, "row": row},
+                payload=pack_rows(lengths, b"".join(parts)),
+                end=context.position(row=end) if end < num_rows else context.next_file(),
+                source_bytes=context.before + context.file.size * end // num_rows,
+            )
+            row, lengths, parts = end, [], []
 
 
 def _strings(array: Any) -> tuple[list[int], bytes]:
@@ -655,16 +689,275 @@ def _strings(array: Any) -> tuple[list[int], bytes]:
     return lengths.tolist(), data
 
 
+_READERS = {"text": _long_text, "jsonl": _jsonl, "parquet": _parquet}
+
+
 # --- the Hub ---------------------------------------------------------------------------------------------------------
+
+MAX_RETRIES = 8  # failures in a row, each after the client's own retries, before reading stops
+FIRST_WAIT_SECONDS = 1.0  # before the first retry; doubled for each further one
+LONGEST_WAIT_SECONDS = 60.0
+FETCHES_AT_A_TIME = 4  # row groups asked for ahead of need
+MAX_FETCH_BYTES = 2**26  # a larger row group is read a little at a time instead [bytes]
+
+_DATASET_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_HUB_ADDRESS = re.compile(r"hf://datasets/[^@]+@([^/]+)/(.+)")
+_INSTEAD = (
+    "check the connection (or HF_ENDPOINT), or download Parquet files elsewhere and run `toolkit prepare FOLDER`, or "
+    "`toolkit prepare stdlib` for text that is already on this machine"
+)
 
 
 def _is_remote(file: SourceFile) -> bool:
     return file.path.startswith("hf://")
 
 
-def _open_remote(file: SourceFile) -> IO[bytes]:
-    raise NotImplementedError
-
-
 def _open_hub(name: str, *, text_column: str, revision: str | None) -> Source:
-    raise NotImplementedError
+    """The train split of a dataset on the Hub, at its newest commit or at `revision`."""
+    dataset, _, config = name.partition(":")
+    if not _DATASET_NAME.fullmatch(dataset):
+        raise UserError(f"hub:{name} is not of the form hub:DATASET[:CONFIG], such as hub:HuggingFaceFW/fineweb-edu")
+    if Path(dataset).exists():
+        raise UserError(
+            f"hub:{name} means the Hub, but `datasets` would read the folder {dataset} here instead; run in another "
+            "folder, or name the folder without hub:"
+        )
+    _check_reachable(name)
+    addresses, config_name = _retried(lambda: _resolve(dataset, config, revision), f"hub:{name}")
+    files = sorted(_retried(lambda: _remote_files(name, addresses), f"hub:{name}"), key=lambda file: Path(file.name))
+    return Source(
+        kind="hub",
+        files=tuple(files),
+        text_column=text_column,
+        details={"hub": name, "config": config_name, "revision": _parse_address(addresses[0])[0]},
+    )
+
+
+def _parse_address(address: str) -> tuple[str, str]:
+    """(revision, path in the dataset)"""
+    match = _HUB_ADDRESS.fullmatch(address)
+    assert match is not None, f"{address} is no address of a file on the Hub"
+    return match[1], match[2]
+
+
+def _check_reachable(name: str) -> None:
+    """Raises UserError at once if there is no way to the Hub; the clients themselves try for half a minute."""
+    import huggingface_hub
+
+    if huggingface_hub.constants.is_offline_mode():
+        raise UserError(f"hub:{name} cannot be read: HF_HUB_OFFLINE is set; unset it, or {_INSTEAD}")
+    endpoint = huggingface_hub.constants.ENDPOINT
+    try:
+        huggingface_hub.get_session().head(endpoint, timeout=CONNECT_SECONDS)
+    except Exception as error:
+        if type(error).__name__ in _NO_WAY:
+            raise UserError(f"hub:{name} cannot be reached at {endpoint} ({_first_line(error)}); {_INSTEAD}") from None
+
+
+CONNECT_SECONDS = 10.0  # for the first sign of life of the Hub
+_NO_WAY = {"ConnectError", "ConnectTimeout", "ConnectionError", "ProxyError", "UnsupportedProtocol"}
+
+
+def _resolve(dataset: str, config: str, revision: str | None) -> tuple[list[str], str]:
+    """Addresses of the files of the train split, and the name of the configuration."""
+    import datasets
+
+    try:
+        builder = datasets.load_dataset_builder(dataset, config or None, revision=revision)
+    except ValueError as error:  # an unknown configuration, or one of several must be chosen
+        raise UserError(f"hub:{dataset}:{config}: {' '.join(str(error).split())[:300]}") from None
+    splits = builder.config.data_files or {}
+    if "train" not in splits:
+        raise UserError(f"hub:{dataset} has no train split, only {', '.join(sorted(splits)) or 'none'}; use another")
+    return [str(address) for address in splits["train"]], str(builder.config.name)
+
+
+def _remote_files(name: str, addresses: Sequence[str]) -> list[SourceFile]:
+    from huggingface_hub import HfFileSystem
+
+    system = HfFileSystem()
+    files = []
+    for address in addresses:
+        revision, path = _parse_address(address)
+        kind = _format_of(path.replace(".json", ".jsonl") if re.search(r"\.json(\.gz|\.zst)?$", path) else path)
+        if kind is None:
+            raise UserError(f"hub:{name} holds {path}; only {SUPPORTED} can be read")
+        entry = system.info(address)
+        files.append(
+            SourceFile(
+                name=path,
+                label=f"hub:{name}/{path}",
+                path=address,
+                format=kind[0],
+                compression=kind[1],
+                size=entry["size"],
+                stamp=str(entry.get("blob_id") or revision),
+            )
+        )
+    return files
+
+
+def _open_remote(file: SourceFile) -> IO[bytes]:
+    from huggingface_hub import HfFileSystem
+
+    # Parquet is read in exact ranges, the others from front to back
+    cache = "none" if file.format == "parquet" else "readahead"
+    return cast(IO[bytes], _FullReads(HfFileSystem().open(file.path, "rb", cache_type=cache), file.size))
+
+
+class _FullReads(io.RawIOBase):
+    """A remote file of which a read that comes back short is an error, not the end of the file."""
+
+    def __init__(self, file: Any, size: int) -> None:
+        self._file = file
+        self._size = size
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        return int(self._file.seek(offset, whence))
+
+    def tell(self) -> int:
+        return int(self._file.tell())
+
+    def read(self, size: int = -1) -> bytes:
+        left = self._size - self._file.tell()
+        wanted = left if size is None or size < 0 else min(size, left)
+        data = bytes(self._file.read(wanted)) if wanted else b""
+        if len(data) != wanted:
+            raise OSError(f"got {len(data)} of {wanted} bytes")
+        return data
+
+    def readinto(self, buffer: Any) -> int:
+        data = self.read(len(buffer))
+        buffer[: len(data)] = data
+        return len(data)
+
+
+def _read_remote(context: _Context, position: Position, text_column: str) -> Iterator[Block]:
+    """The blocks of a file on the Hub; a broken connection is taken up where it broke."""
+    if context.file.format == "parquet":
+        yield from _remote_parquet(context, position, text_column)
+    else:
+        yield from _going_on(context, position, lambda at: _READERS[context.file.format](context, at, text_column))
+
+
+def _remote_parquet(context: _Context, position: Position, text_column: str) -> Iterator[Block]:
+    """As `_parquet`, with several row groups asked for ahead of need."""
+    label = context.file.label
+
+    def read_metadata() -> Any:
+        with _open(context.file) as stream:
+            return _open_table(stream)
+
+    def fetch(group: _RowGroup) -> list[Block]:
+        with _open(context.file) as stream:
+            table = _open_table(stream, metadata=metadata)
+            return list(_rows(context, table, group, max(position.row, group.start), text_column))
+
+    def read_slowly(group: _RowGroup) -> Iterator[Block]:
+        def read(at: Position) -> Iterator[Block]:
+            with _open(context.file) as stream:
+                yield from _rows(context, _open_table(stream), group, at.row, text_column)
+
+        return _going_on(context, context.position(row=max(position.row, group.start)), read)
+
+    opened = _retried(read_metadata, label, context.notice)
+    metadata = opened.metadata
+    waiting: deque[Iterator[Block] | Future[list[Block]]] = deque()
+    with ThreadPoolExecutor(FETCHES_AT_A_TIME, thread_name_prefix="hub") as threads:
+        try:
+            for group in _row_groups(context, opened, position.row, text_column):
+                if group.compressed > MAX_FETCH_BYTES:
+                    waiting.append(read_slowly(group))
+                else:
+                    waiting.append(threads.submit(_retried, functools.partial(fetch, group), label, context.notice))
+                if len(waiting) > FETCHES_AT_A_TIME:
+                    yield from _blocks_of(waiting.popleft())
+            while waiting:
+                yield from _blocks_of(waiting.popleft())
+        finally:
+            threads.shutdown(wait=False, cancel_futures=True)
+
+
+def _blocks_of(item: "Iterator[Block] | Future[list[Block]]") -> Iterator[Block]:
+    yield from item.result() if isinstance(item, Future) else item
+
+
+def _going_on(context: _Context, position: Position, read: Callable[[Position], Iterator[Block]]) -> Iterator[Block]:
+    """The blocks of `read`, begun again after the last one that came whenever the connection breaks."""
+    failures = 0
+    while True:
+        try:
+            for block in read(position):
+                yield block
+                position, failures = block.end, 0
+            return
+        except Exception as error:
+            failures += 1
+            _wait(error, failures, context.file.label, context.notice)
+
+
+def _retried(act: Callable[[], Any], label: str, notice: Notice = logger.info) -> Any:
+    """The result of `act`, tried again after growing waits while the connection fails."""
+    failures = 0
+    while True:
+        try:
+            return act()
+        except Exception as error:
+            failures += 1
+            _wait(error, failures, label, notice)
+
+
+def _wait(error: Exception, failures: int, label: str, notice: Notice) -> None:
+    """Waits before the next try, or raises: the error itself if it is not the connection's, else a UserError."""
+    status = _status_of(error)
+    reason = f"HTTP {status}" if status else _first_line(error)
+    if isinstance(error, UserError):
+        raise error
+    if status in (401, 403):
+        raise UserError(
+            f"{label}: access is refused (HTTP {status}); accept the dataset's conditions on its page and log in with "
+            "`hf auth login`, or set HF_TOKEN"
+        ) from None
+    if status == 404 or (status is None and isinstance(error, FileNotFoundError)):
+        raise UserError(
+            f"{label} is not on the Hub (or private: log in with `hf auth login`); check the spelling of DATASET"
+        ) from None
+    if not _is_transient(error, status):
+        raise error
+    if failures > MAX_RETRIES:
+        raise UserError(
+            f"{label}: the connection failed {failures} times in a row ({reason}); run the same command again later, it "
+            "goes on from here"
+        ) from None
+    seconds = min(LONGEST_WAIT_SECONDS, FIRST_WAIT_SECONDS * 2 ** (failures - 1))
+    notice(f"{label}: {reason}; trying again in {seconds:.0f} s ({failures} of {MAX_RETRIES})")
+    time.sleep(seconds)
+
+
+def _is_transient(error: Exception, status: int | None) -> bool:
+    import pyarrow
+
+    if status is not None:
+        return status in (408, 425, 429) or status >= 500
+    package = type(error).__module__.partition(".")[0]
+    return package in ("httpx", "httpx2", "httpcore", "httpcore2", "requests", "urllib3") or isinstance(
+        error, OSError | EOFError | zlib.error | pyarrow.ArrowException
+    )
+
+
+def _status_of(error: BaseException | None) -> int | None:
+    """The HTTP status behind an error, which the clients wrap several times."""
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        status = getattr(getattr(error, "response", None), "status_code", None)
+        if status is not None:
+            return int(status)
+        error = error.__cause__ or error.__context__
+    return None

@@ -26,7 +26,7 @@ import numpy.typing as npt
 import tiktoken
 from tiktoken_ext.openai_public import r50k_pat_str  # type: ignore[import-untyped]
 
-from toolkit.data.shards import token_dtype, write_durably
+from toolkit.data.manifest import token_dtype, write_durably
 from toolkit.errors import UserError
 
 Ids = npt.NDArray[Any]

@@ -24,8 +24,9 @@ import numpy.typing as npt
 import xxhash
 
 from toolkit.data.documents import Block, Counts, Position, documents
-from toolkit.data.shards import SPLITS, Split, token_dtype
+from toolkit.data.manifest import SPLITS, Split, token_dtype
 from toolkit.data.sources import read_stretch
+from toolkit.data.split_writer import Part
 from toolkit.data.tokenizer import Tokenizer, load_tokenizer
 from toolkit.errors import UserError
 
@@ -44,15 +45,6 @@ class Job:
     tokenizer: str
     tokenizer_sha256: str
     val_below: int
-
-
-@dataclass(kw_only=True, slots=True)
-class Part:
-    """What a block adds to one split: ids of whole documents (or of a stretch of one), and what they stand for."""
-
-    ids: Ids
-    documents: int = 0
-    utf8_bytes: int = 0
 
 
 @dataclass(kw_only=True, slots=True)
