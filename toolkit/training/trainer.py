@@ -280,13 +280,7 @@ class Trainer:
         started = time.monotonic()
         metrics: dict[str, float] = {}
         losses: list[tuple[float, float, float]] = []
-        for data_set in self.data.sets:
-            batches = validation_loader(
-                data_set,
-                sequence_length=self.config.data.sequence_length,
-                max_tokens=self.config.evaluation.max_tokens,
-                micro_batch_size=self.config.evaluation.micro_batch_size,
-            )
+        for data_set, batches in zip(self.data.sets, self.validation, strict=True):
             result = evaluate(
                 self.raw_model,
                 batches,
@@ -568,6 +562,16 @@ class Trainer:
                     f"the data's tokenizer {data.tokenizer_info.name!r} has {data.vocab_size} ids but model.vocab_size="
                     f"{self.config.model.vocab_size}; use --model.vocab-size {data.vocab_size}"
                 )
+            # Opened now, so that a set without validation windows is refused before the first step and not after it.
+            self.validation = [
+                validation_loader(
+                    data_set,
+                    sequence_length=self.config.data.sequence_length,
+                    max_tokens=self.config.evaluation.max_tokens,
+                    micro_batch_size=self.config.evaluation.micro_batch_size,
+                )
+                for data_set in data.sets
+            ]
         fingerprint = self.processes.share(data.fingerprint)
         with self.processes.together():
             if data.fingerprint != fingerprint:
