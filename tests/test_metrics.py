@@ -222,9 +222,10 @@ def test_a_kill_at_any_moment_of_a_truncation_loses_nothing(tmp_path: Path) -> N
         folder.mkdir()
         fill(folder, 23).close()
         environ = os.environ | {"TOOLKIT_FAILPOINTS": point}
-        processes.append(subprocess.Popen([sys.executable, "-c", code, folder], env=environ))
+        processes.append(subprocess.Popen([sys.executable, "-c", code, folder], env=environ, stderr=subprocess.PIPE))
     for folder, process in zip(folders, processes, strict=True):
-        assert process.wait() == -signal.SIGKILL
+        _, error = process.communicate()
+        assert (process.returncode, error.decode()) == (-signal.SIGKILL, "")
         RunLog(folder).truncate_after(15)
         assert contents(folder) == contents(expected)
 
