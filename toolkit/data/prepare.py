@@ -104,13 +104,13 @@ def prepare(
         "shard_tokens": shard_tokens,
         "val_fraction": val_fraction,
     }
+    names = [str(path) for path in paths]
+    if (out / MANIFEST_FILE).exists():
+        return _already_done(out, names, text_column=text_column, rest=rest)
+    source = open_source(names, text_column=text_column, revision=_pinned_revision(names, Journal.load(out)))
     journals.make_folder(out)
     with journals.locked(out):
-        names = [str(path) for path in paths]
-        if (out / MANIFEST_FILE).exists():
-            return _already_done(out, names, text_column=text_column, rest=rest)
         unfinished = Journal.load(out)
-        source = open_source(names, text_column=text_column, revision=_pinned_revision(names, unfinished))
         settings = rest | {"source": source.description()}
         if unfinished is None or (not unfinished.tokens and unfinished.settings != settings):  # nothing to lose yet
             journal = journals.begin(out, settings, source)

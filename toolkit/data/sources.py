@@ -742,13 +742,13 @@ def _parse_address(address: str) -> tuple[str, str]:
 
 def _check_reachable(name: str) -> None:
     """Raises UserError at once if there is no way to the Hub; the clients themselves try for half a minute."""
-    import huggingface_hub
+    from huggingface_hub import constants, get_session
 
-    if huggingface_hub.constants.is_offline_mode():
+    if constants.HF_HUB_OFFLINE:
         raise UserError(f"hub:{name} cannot be read: HF_HUB_OFFLINE is set; unset it, or {_INSTEAD}")
-    endpoint = huggingface_hub.constants.ENDPOINT
+    endpoint = constants.ENDPOINT
     try:
-        huggingface_hub.get_session().head(endpoint, timeout=CONNECT_SECONDS)
+        get_session().head(endpoint, timeout=CONNECT_SECONDS)
     except Exception as error:
         if type(error).__name__ in _NO_WAY:
             raise UserError(f"hub:{name} cannot be reached at {endpoint} ({_first_line(error)}); {_INSTEAD}") from None

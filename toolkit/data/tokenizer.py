@@ -139,8 +139,9 @@ class Tokenizer:
         if final:
             yield part.ids, part.end
 
-    def _part(self, text: str, start: int, size: int = 2 * WINDOW) -> "_Part":
-        """The ids from `start` to an exact cut if there is one before `size`, else to somewhere inside a piece."""
+    def _part(self, text: str, start: int, size: int | None = None) -> "_Part":
+        """The ids from `start` to an exact cut if there is one in `size` characters, else to somewhere inside a piece."""
+        size = size or 2 * WINDOW
         if len(text) - start <= size:
             return _Part(start=start, end=len(text), exact=True, ids=self._encode_window(text[start:]))
         cut = self.exact_cut(text, start + size // 2, start + size)
@@ -167,6 +168,8 @@ class Tokenizer:
             if following.ids[0] == part.ids[index + 1]:
                 return part.ids[: index + 1], following
         larger = self._part(text, part.start, size=2 * (part.end - part.start))
+        # never seen: the seam before this part rests on its first token (the windows are far longer than any token)
+        assert part.start == 0 or larger.ids[0] == part.ids[0], "no seam fits"
         return self._continue_inside(text, larger) if not larger.exact else (larger.ids[:0], larger)
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -622,6 +625,8 @@ def write_transformers_files(tokenizer: Tokenizer, folder: Path) -> None:
 
 def _merges(tokenizer: Tokenizer) -> list[list[str]]:
     """The pair behind each token of more than one byte, in the order of ids: the last two parts of its own merging."""
+    if tokenizer.name == "gpt2":
+        return [[left, right] for left, right in _gpt2_merges()]
     ranks = tokenizer.encoding._mergeable_ranks
     merges = []
     for token, rank in sorted(ranks.items(), key=lambda item: item[1]):
