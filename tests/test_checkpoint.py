@@ -812,7 +812,13 @@ def test_a_damaged_checkpoint_never_takes_the_place_of_a_valid_one(tmp_path: Pat
     assert steps_in(tmp_path) == [45, 55, 65]
 
 
-def test_a_removal_that_failed_is_made_up_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_is_removed_for_a_checkpoint_that_cannot_be_read_back(tmp_path: Path) -> None:
+    make(tmp_path, 1, 2, 3)
+    (tmp_path / step_name(3) / "manifest.json").unlink()
+    assert checkpoint.steps_to_keep(tmp_path, CheckpointConfig(keep_last=2), newest=3, damaged=set()) == {1, 2, 3}
+
+
+def test_a_removal_that_failed_is_made_up_for(tmp_path: Path) -> None:
     writer = make(tmp_path, 1, 2, keep_last=2)
     with failpoints("checkpoint.mid-prune=fail"):
         save(writer, 3)
@@ -847,9 +853,9 @@ def test_anything_else_under_the_name_is_put_aside(tmp_path: Path, what: str) ->
 def test_the_same_content_again_is_left_and_other_content_replaces(tmp_path: Path) -> None:
     writer = make(tmp_path, 1, 2)
     inode = (tmp_path / step_name(2) / "manifest.json").stat().st_ino
-    save(writer, 2)
-    save(writer, 2, extra={"run.json": b"{}"})  # a start that had nothing to do: no reason to touch anything
-    assert (tmp_path / step_name(2) / "manifest.json").stat().st_ino == inode
+    for extra in ({"recipe.json": b'{"a": 1}\n'}, {"run.json": b"{}"}):  # a later start adds a record to run.json
+        save(writer, 2, extra=extra)
+        assert (tmp_path / step_name(2) / "manifest.json").stat().st_ino == inode
     save(writer, 2, state={"position": 99})
     assert load(tmp_path / step_name(2)).state["position"] == 99
     assert names(tmp_path) == [step_name(1), step_name(2)]

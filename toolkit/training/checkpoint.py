@@ -263,7 +263,7 @@ class CheckpointWriter:
             self.damaged.discard(step_name(newest))
             kept = steps_to_keep(self.folder, self.config, newest=newest, damaged=self.damaged)
             for step in sorted(steps_in(self.folder)):
-                if step <= newest and step not in kept:
+                if step not in kept:
                     _remove(self.folder / step_name(step))
             for path in _leftovers(self.folder, "del"):  # of this process: a removal that failed earlier
                 shutil.rmtree(path)
@@ -398,21 +398,24 @@ def steps_in(folder: Path) -> list[int]:
 
 
 def steps_to_keep(folder: Path, config: CheckpointConfig, *, newest: int, damaged: set[str]) -> set[int]:
-    """The steps up to `newest` that retention keeps: the last few, multiples of keep_every, the best if asked.
+    """The steps that stay once `newest` is saved: the last few, multiples of keep_every, the best if asked.
 
     Why the best needs no record of its own: each manifest holds the validation loss of its weights, and the best one
     is never removed, so the lowest loss among the folders is the lowest of the run.
     """
+    present = steps_in(folder)
     losses: dict[int, float | None] = {}
-    for step in steps_in(folder):
+    for step in present:
         if step <= newest and step_name(step) not in damaged:
             try:
                 losses[step] = read_manifest(folder / step_name(step))["validation_loss"]
             except UserError:
                 continue  # not loadable: it takes nobody's place
+    if newest not in losses:
+        return set(present)  # what was just saved cannot be read back: not the moment to remove anything
     keep = set(sorted(losses)[-config.keep_last :])
-    # Damaged ones between those that are kept stay for whoever wants to look; older ones go.
-    keep |= {step for step in steps_in(folder) if keep and step > min(keep) and step not in losses}
+    # What is newer was left by a start whose steps are being repeated; it and damaged ones between go when they are old.
+    keep |= {step for step in present if step > min(keep) and step not in losses}
     if config.keep_every is not None:
         keep |= {step for step in losses if step % config.keep_every == 0}
     if config.keep_best:
@@ -632,7 +635,6 @@ def read_manifest(path: Path) -> dict[str, Any]:
 def _is_file_entry(name: str, entry: object) -> bool:
     return (
         _FILE_NAME.fullmatch(name) is not None
-        and name != MANIFEST
         and isinstance(entry, dict)
         and set(entry) == {"size", "sha256"}
         and whole_numbers([entry["size"]], least=0)
