@@ -315,6 +315,12 @@ def test_a_folder_whose_name_ends_like_a_weight_can_be_given_with_one(make_set: 
     assert open_data([str(make_set("a=b", [300]))]).sets[0].name == "a=b"
 
 
+def test_sets_of_one_name_are_told_apart(make_set: MakeSet) -> None:
+    paths = [str(make_set(name, [300])) for name in ("a/x", "b/x", "c/x-2")]
+    assert [data_set.name for data_set in open_data(paths).sets] == ["x-1", "x-2", "x-2-3"]
+    assert open_data(paths[2] + "/").sets[0].name == "x-2"
+
+
 def test_mixtures_that_make_no_sense_are_refused(make_set: MakeSet) -> None:
     one, two = make_set("one", [300]), make_set("two", [300])
     with pytest.raises(UserError, match=r"data.path gives no weight above 0 to .*two; give one to every set"):

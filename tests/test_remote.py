@@ -21,6 +21,7 @@ import fsspec
 import pytest
 
 from tests.data_sets import write_set
+from tests.hub_server import Hub
 from toolkit.data import remote
 from toolkit.data.loader import open_data, sample_windows, training_loader, validation_loader
 from toolkit.data.manifest import read_manifest
@@ -93,6 +94,7 @@ def server(folder: Path) -> Iterator[Server]:
 
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
     monkeypatch.setattr(remote, "FIRST_BACKOFF_SECONDS", 0.01)
     monkeypatch.setattr(remote, "OUTAGE_SECONDS", 0.5)
     monkeypatch.setattr(remote, "OPEN_OUTAGE_SECONDS", 0.1)
@@ -349,6 +351,40 @@ def test_a_full_disk_is_one_clear_line(server: Server, tmp_path: Path, monkeypat
     monkeypatch.setenv("TOOLKIT_FAILPOINTS", "remote.before-rename=fail@3+")
     with pytest.raises(UserError, match=r"the cache of remote shards: .*No space left on device"):
         digests_of(server.url, SHARDS * PER_SHARD, cache=tmp_path / "cache")
+
+
+# ---------------------------------------------------------------------------------------------------------- the Hub
+
+HUB_READER = """
+import json, sys
+from toolkit.data.remote import new_fetcher, open_remote
+from toolkit.errors import UserError
+
+fetcher = new_fetcher(cache_dir=sys.argv[1], cache_gib=1.0)
+found = open_remote("hf://datasets/me/tokens/data", name="data", fetcher=fetcher)
+ids = [shard.read(5, 3).tolist() for shard in found.shards["train"]]
+try:
+    open_remote("hf://datasets/me/nothing/data", name="data", fetcher=fetcher)
+except UserError as error:
+    print(json.dumps([found.manifest.fingerprint, ids, str(error)]))
+"""
+
+
+def test_a_set_on_the_hub_is_read_with_the_real_client(folder: Path, tmp_path: Path) -> None:
+    with Hub(folder.parent, dataset="me/tokens") as hub:
+        environment = {
+            **os.environ,
+            "HF_ENDPOINT": hub.endpoint,
+            "HF_HUB_OFFLINE": "0",
+            "HF_HOME": str(tmp_path / "hf"),
+        }
+        command = [sys.executable, "-c", HUB_READER, str(tmp_path / "cache")]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    fingerprint, ids, error = json.loads(done.stdout)
+    assert fingerprint == read_manifest(folder).fingerprint
+    assert ids == [[first + 5, first + 6, first + 7] for first in range(0, SHARDS * TOKENS, TOKENS)]
+    assert error == "hf://datasets/me/nothing/data/manifest.json does not exist; check the URL"
 
 
 # ------------------------------------------------------------------------------------------------- several processes

@@ -1,5 +1,6 @@
 """Shards and manifest: exact bytes, refusal of everything that is not as it should be, verify, adopt."""
 
+import errno
 import hashlib
 import json
 import os
@@ -293,6 +294,25 @@ def test_a_shard_truncated_while_open_is_an_error_not_a_crash(make_set: MakeSet)
         UserError, match=r"train_000000.bin: got 100 of 200 bytes at token 100; the file became shorter"
     ):
         shard.read(100, 100)
+
+
+def test_a_failing_disk_names_the_shard(make_set: MakeSet, monkeypatch: pytest.MonkeyPatch) -> None:
+    shard = open_shards(make_set("data", [300]), "train")[0]
+    shard.read(0, 10)
+
+    def fail(*arguments: object) -> int:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, "preadv", fail)
+    with pytest.raises(UserError, match=r"train_000000.bin: Input/output error when reading token 5; check the disk"):
+        shard.read(5, 10)
+
+
+def test_without_positioned_reads_the_ids_are_the_same(make_set: MakeSet, monkeypatch: pytest.MonkeyPatch) -> None:
+    shard = open_shards(make_set("data", [300]), "train")[0]
+    monkeypatch.delattr(os, "preadv")  # as on Windows
+    assert shard.read(7, 3).tolist() == [7, 8, 9]
+    assert shard.read(290, 10).tolist() == list(range(290, 300))
 
 
 def test_an_id_outside_the_vocabulary_names_shard_and_offset(make_set: MakeSet) -> None:

@@ -9,6 +9,7 @@ Guarantees: what sample i holds is a pure function of (seed, i) and the data; ev
 not: move anything to a device, or know processes (`training.trainer`).
 """
 
+import functools
 import hashlib
 import json
 import logging
@@ -146,7 +147,9 @@ def _describe(tokenizer: TokenizerInfo) -> str:
 
 def _unique_names(paths: Sequence[str]) -> list[str]:
     names = [path.rstrip("/").split("?")[0].rpartition("/")[2] or path for path in paths]
-    return [name if names.count(name) == 1 else f"{name}-{index}" for index, name in enumerate(names, start=1)]
+    if len(set(names)) < len(names):
+        return [f"{name}-{number}" for number, name in enumerate(names, start=1)]
+    return names
 
 
 def is_url(path: str) -> bool:
@@ -246,7 +249,7 @@ class TrainingWindows(Dataset[Batch]):
         self._data = data
         self._order = order
         self._reader = WindowReader(data.sets[0].manifest, sequence_length=sequence_length)
-        self._blocks: dict[int, list[list[int]]] = {}
+        self._block = functools.lru_cache(2)(self._locate_block)  # a batch may lie across two
         self._groups = [(-1, -1)] * len(data.sets)  # first and last group that was asked for, per set
 
     def __getitem__(self, sample: int) -> Batch:
@@ -254,23 +257,17 @@ class TrainingWindows(Dataset[Batch]):
 
     def __getitems__(self, samples: Sequence[int]) -> Batch:
         """The batch of these samples."""
-        located = [self._locate(sample) for sample in samples]
+        located = [self._block(sample // BLOCK_SAMPLES)[sample % BLOCK_SAMPLES] for sample in samples]
         self._fetch_ahead(located)
         return self._reader.read(
             [(self._data.sets[index].shards["train"][shard], window) for index, shard, window, _ in located]
         )
 
-    def _locate(self, sample: int) -> list[int]:
-        """[set, shard, window, group] of a sample."""
-        block, place = divmod(sample, BLOCK_SAMPLES)
-        rows = self._blocks.get(block)
-        if rows is None:
-            found = self._order.locate(np.arange(block * BLOCK_SAMPLES, (block + 1) * BLOCK_SAMPLES))
-            rows = np.stack([found.set_index, found.shard, found.window, found.group], axis=1).tolist()
-            if len(self._blocks) > 1:  # a batch may lie across two blocks
-                self._blocks.clear()
-            self._blocks[block] = rows
-        return rows[place]
+    def _locate_block(self, block: int) -> list[list[int]]:
+        """[set, shard, window, group] of each sample of a block."""
+        found = self._order.locate(np.arange(block * BLOCK_SAMPLES, (block + 1) * BLOCK_SAMPLES))
+        rows: list[list[int]] = np.stack([found.set_index, found.shard, found.window, found.group], axis=1).tolist()
+        return rows
 
     def _fetch_ahead(self, located: Sequence[Sequence[int]]) -> None:
         """Tells remote sets which shards this batch needs and which come next, whenever a set enters another group."""

@@ -232,8 +232,18 @@ def _fields(values: Any, where: str, types: Mapping[str, type]) -> dict[str, Any
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Writes `manifest.json`, the mark that the data set is complete."""
-    write_durably(Path(folder) / MANIFEST_FILE, manifest.to_json().encode())
+    """Writes `manifest.json`, the mark that the data set is complete.
+
+    Raises: UserError if it is larger than what `read_manifest` accepts.
+    """
+    data = manifest.to_json().encode()
+    if len(data) > MAX_MANIFEST_BYTES:
+        shards = sum(len(split) for split in manifest.splits.values())
+        raise UserError(
+            f"{Path(folder) / MANIFEST_FILE}: {shards} shards make {len(data)} bytes, more than {MAX_MANIFEST_BYTES}; "
+            "use larger shards (--shard-tokens)"
+        )
+    write_durably(Path(folder) / MANIFEST_FILE, data)
 
 
 def read_manifest(folder: Path) -> Manifest:

@@ -265,7 +265,10 @@ class Shard:
         """Fills `ids` (contiguous, of this shard's type) from the id number `start` on; the caller checks their bounds."""
         assert 0 <= start <= self.info.tokens - len(ids), (start, len(ids), self.info)
         wanted = len(ids) * self.dtype.itemsize
-        read = self.source(ids.view(np.uint8).data, HEADER_BYTES + start * self.dtype.itemsize)
+        try:
+            read = self.source(ids.view(np.uint8).data, HEADER_BYTES + start * self.dtype.itemsize)
+        except OSError as error:  # a read by descriptor names no file
+            raise UserError(f"{self.where}: {error.strerror} when reading token {start}; check the disk") from error
         if read != wanted:
             raise UserError(
                 f"{self.where}: got {read} of {wanted} bytes at token {start}; the file became shorter since it was "
