@@ -27,6 +27,7 @@ TWO = (
     "--dynamo_backend",
     "no",
 )
+MACHINES = ("--multi_gpu", "--num_processes", "2", "--num_machines", "2", "--main_process_ip", "127.0.0.1", *TWO[5:])
 LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--quiet"]
 
 
@@ -98,23 +99,7 @@ def test_two_processes_and_two_machines_train_what_one_process_trains(tiny: Trai
     started = [
         start(
             machines,
-            launch=(
-                "--multi_gpu",
-                "--num_machines",
-                "2",
-                "--num_processes",
-                "2",
-                "--machine_rank",
-                str(rank),
-                "--main_process_ip",
-                "127.0.0.1",
-                "--main_process_port",
-                port,
-                "--mixed_precision",
-                "no",
-                "--dynamo_backend",
-                "no",
-            ),  # fmt: skip
+            launch=(*MACHINES, "--machine_rank", str(rank), "--main_process_port", port),
         )
         for rank in (0, 1)
     ]
@@ -246,6 +231,22 @@ def test_bad_input_gets_one_line_from_the_main_process_and_no_traceback(tiny: Tr
     assert unknown.returncode == 2
     assert "--model.n-layer" in unknown.stderr + unknown.stdout
     assert "Traceback" not in unknown.stderr
+
+
+def test_a_full_disk_stops_all_with_one_line(tiny: TrainConfig) -> None:
+    config = change(tiny, training={"max_steps": 1000, "checkpoint_every": 4, "eval_every": None, "sample_every": None})
+    result = command(
+        RECIPE, *flags(config, DEMO), launch=TWO, env=environment(TOOLKIT_FAILPOINTS="checkpoint.before-model=fail@2")
+    )
+    assert result.returncode != 0
+    assert result.stderr.count("error: ") == 1
+    assert "No space left on device" in result.stderr
+    run = Path(config.run.dir)
+    status = json.loads((run / "status.json").read_text())
+    assert status["status"] == "failed"
+    assert "No space left on device" in status["reason"]
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-00000004"]
+    assert rows(run)[-1]["step"] < 100  # it did not train on for long
 
 
 def test_the_time_limit_saves_and_leaves(tiny: TrainConfig) -> None:

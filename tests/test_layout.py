@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -148,3 +149,22 @@ def test_every_public_name_of_a_public_module_has_a_docstring() -> None:
         module = importlib.import_module(module_name(path)) if path.name != "wandb_worker.py" else None
         if module is not None and path.name != "__init__.py":
             assert module.__doc__, f"{path} has no docstring"
+
+
+def test_every_test_that_the_table_of_faults_names_exists() -> None:
+    named = set(re.findall(r"`(test_\w+)`", (ROOT / "tests" / "FAULTS.md").read_text()))
+    source = "\n".join(path.read_text() for path in (ROOT / "tests").glob("test_*.py"))
+    assert len(named) > 50
+    assert sorted(name for name in named if f"def {name}(" not in source) == []
+
+
+def test_no_wall_clock_decides_anything() -> None:
+    """Durations come from the monotonic clock; the time of day is only ever written down."""
+    for path in MODULES:
+        for node in ast.walk(ast.parse((ROOT / path).read_text())):
+            if isinstance(node, ast.Call):
+                called = ast.unparse(node.func)
+                assert called not in {"time.time", "time.time_ns", "datetime.utcnow"}, (
+                    f"{path}:{node.lineno} calls {called}"
+                )
+                assert not called.endswith((".st_mtime", "getmtime")), f"{path}:{node.lineno} calls {called}"

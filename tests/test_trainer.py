@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -13,10 +14,12 @@ from torch import Tensor
 
 from tests.support import change, rows, write_corpus
 from toolkit.config import TrainConfig
+from toolkit.data.loader import open_data, training_loader
 from toolkit.data.prepare import prepare
 from toolkit.data.shards import open_shards
 from toolkit.errors import UserError
 from toolkit.model.gpt2 import GPT2
+from toolkit.training.supervision import StopRequests
 from toolkit.training.trainer import Trainer, mixed_seed
 
 Fit = Callable[[TrainConfig], Path]
@@ -318,5 +321,86 @@ def test_seeds_of_neighbouring_steps_differ_in_about_half_of_their_bits() -> Non
     seeds = [mixed_seed(1, step, index) for step in range(40) for index in range(5)]
     assert len(set(seeds)) == 200
     assert all(0 <= seed < 2**63 for seed in seeds)
-    flips = [(a ^ b).bit_count() for a, b in zip(seeds, seeds[1:], strict=False)]
+    flips = [(a ^ b).bit_count() for a, b in pairwise(seeds)]
     assert 28 < sum(flips) / len(flips) < 35
+
+
+def test_a_vocabulary_that_does_not_fit_the_model_is_refused(fit: Fit, tiny: TrainConfig) -> None:
+    with pytest.raises(UserError, match=r"'bytes' has 257 ids but model\.vocab_size=50257; use --model.vocab-size 257"):
+        fit(change(tiny, model={"vocab_size": 50257}))
+
+
+def test_changed_data_are_refused(fit: Fit, tiny: TrainConfig, tmp_path: Path) -> None:
+    fit(change(tiny, training={"max_steps": 2}))
+    other = tmp_path / "other"
+    text = write_corpus(tmp_path / "text", seed=1)
+    prepare([str(text)], out=other, tokenizer="bytes", workers=1, shard_tokens=8192, val_fraction=0.2, progress=False)
+    with pytest.raises(UserError, match=r"was trained on data with fingerprint \w{12}, but .* has \w{12}"):
+        fit(change(tiny, data={"path": (str(other),)}))
+
+
+def test_weights_of_transformers_are_a_starting_point(fit: Fit, tiny: TrainConfig, tmp_path: Path) -> None:
+    import transformers
+
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(
+        n_layer=2, n_head=2, n_embd=32, n_positions=32, vocab_size=257, bos_token_id=256, eos_token_id=256
+    )
+    theirs = transformers.GPT2LMHeadModel(config).eval()
+    theirs.save_pretrained(tmp_path / "theirs")
+    run = fit(change(tiny, model={"init_from": str(tmp_path / "theirs")}, training={"max_steps": 1}))
+    first = next(row for row in rows(run) if "loss/train" in row)
+    windows = sample_windows_of(tiny)
+    with torch.no_grad():
+        loss = theirs(input_ids=windows[:, :-1]).logits
+    expected = torch.nn.functional.cross_entropy(loss.flatten(0, 1), windows[:, 1:].flatten()).item()
+    assert first["loss/train"] == pytest.approx(expected, rel=1e-5)
+
+
+def sample_windows_of(config: TrainConfig) -> Tensor:
+    """The windows (G, T + 1) of a recipe's first step."""
+    loader = training_loader(
+        open_data(config.data.path),
+        sequence_length=config.data.sequence_length,
+        micro_batch_size=8,
+        seed=config.training.seed,
+        position=0,
+        shuffle_group_shards=config.data.shuffle_group_shards,
+    )
+    batch = next(iter(loader))
+    return torch.cat([batch["input_ids"], batch["targets"][:, -1:]], dim=1)
+
+
+def test_the_losses_of_the_demo_s_model_stay_what_they_are(fit: Fit, tiny: TrainConfig) -> None:
+    """A golden curve: a change of these numbers is a change of what training computes, and has to be explained.
+
+    The tolerance covers other orders of sums (threads, vector units), not another computation.
+    """
+    run = fit(change(tiny, training={"max_steps": 8, "eval_every": None, "sample_every": None}))
+    losses = [row["loss/train"] for row in rows(run) if "loss/train" in row]
+    assert losses == pytest.approx(GOLDEN, rel=1e-4)
+
+
+GOLDEN = [5.550364, 5.270164, 4.944211, 4.51511, 4.146779, 3.860855, 3.659731, 3.470578]
+
+
+def test_a_signal_during_an_evaluation_is_made_up_for(
+    fit: Fit, tiny: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = fit(tiny)
+    cut = change(tiny, run={"dir": str(tmp_path / "cut")})
+    asked = StopRequests.asked
+    with monkeypatch.context() as patch:
+        # The request arrives after step 4's reduction: the evaluation of step 4 is the first to notice.
+        calls = []
+
+        def from_the_fifth_call_on(requests: StopRequests) -> bool:
+            calls.append(requests)
+            return len(calls) >= 5 or asked(requests)
+
+        patch.setattr(StopRequests, "asked", from_the_fifth_call_on)
+        fit(cut)
+    assert [row["step"] for row in rows(Path(cut.run.dir)) if "loss/val" in row] == []
+    assert json.loads((Path(cut.run.dir) / "status.json").read_text())["step"] == 4
+    fit(cut)
+    assert rows(Path(cut.run.dir)) == rows(whole)

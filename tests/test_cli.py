@@ -1,0 +1,178 @@
+"""The `toolkit` command on a real run: generate, evaluate, export, verify, audit, plan, verify-resume."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from recipes.train_demo import CONFIG as DEMO
+from tests.support import ROOT, change, flags
+from toolkit.cli import main
+from toolkit.config import TrainConfig
+from toolkit.training import checkpoint
+from toolkit.training.verify_resume import compare_runs, compare_states
+
+
+@pytest.fixture
+def run(fit: Callable[[TrainConfig], Path], tiny: TrainConfig) -> Path:
+    """A finished run of a few steps."""
+    return fit(change(tiny, training={"max_steps": 4, "sample_every": None}))
+
+
+def call(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """What a verb prints."""
+    capsys.readouterr()
+    main(arguments)
+    return capsys.readouterr().out
+
+
+def refusal(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """The one line with which a verb refuses."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    assert stop.value.code == 1
+    lines = capsys.readouterr().err.splitlines()
+    return next(line for line in lines if line.startswith("error: "))
+
+
+def test_generate_continues_the_prompt_and_repeats_with_a_seed(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    first = call(capsys, "generate", str(run), "the quick", "--max-new-tokens", "20", "--seed", "3")
+    assert first.startswith("the quick")
+    assert first == call(capsys, "generate", str(run), "the quick", "--max-new-tokens", "20", "--seed", "3")
+    assert first != call(capsys, "generate", str(run), "the quick", "--max-new-tokens", "20", "--seed", "4")
+    several = call(
+        capsys, "generate", str(run), "a", "--num-samples", "2", "--max-new-tokens", "5", "--temperature", "0"
+    )
+    assert several.count("--- sample") == 2
+    assert "temperature=-1.0 must be at least 0" in refusal(capsys, "generate", str(run), "a", "--temperature", "-1")
+
+
+def test_evaluate_prints_the_run_s_own_validation_loss(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    last = [row for row in rows if "loss/val" in row][-1]
+    printed = call(capsys, "evaluate", str(run))
+    assert f"{last['loss/val']:.5f}" in printed
+    assert f"{last['bits_per_byte/val']:.5f}" in printed
+    assert "perplexity" in printed
+
+
+def test_export_is_what_transformers_pipelines_run(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import transformers
+
+    out = tmp_path / "exported"
+    call(capsys, "export", str(run), str(out))
+    pipeline = transformers.pipeline("text-generation", model=str(out))
+    text = pipeline("the quick", max_new_tokens=12, do_sample=False)[0]["generated_text"]
+    assert text.startswith("the quick")
+    assert (
+        call(capsys, "generate", str(out), "the quick", "--max-new-tokens", "12", "--temperature", "0") == text + "\n"
+    )
+    checkpoint_folder = run / "checkpoints" / "step-00000004"
+    model, report = transformers.GPT2LMHeadModel.from_pretrained(checkpoint_folder, output_loading_info=True)
+    assert model.num_parameters() == 34_720
+    assert not any(report.values())
+    assert "already exists" in refusal(capsys, "export", str(run), str(out))
+
+
+def test_verify_checks_runs_checkpoints_and_data(
+    run: Path, data_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert call(capsys, "verify", str(run)).count(": ok") == 2
+    assert "ok" in call(capsys, "verify", str(data_dir))
+    weights = run / "checkpoints" / "step-00000004" / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-100] ^= 1
+    weights.write_bytes(content)
+    assert "1 of 2 damaged: step-00000004" in refusal(capsys, "verify", str(run))
+    copy = tmp_path / "copy"
+    shutil.copytree(data_dir, copy)
+    shard = copy / "train_000000.bin"
+    content = bytearray(shard.read_bytes())
+    content[2000] ^= 1
+    shard.write_bytes(content)
+    assert "train_000000.bin" in refusal(capsys, "verify", str(copy))
+    assert "there is no folder" in refusal(capsys, "verify", str(tmp_path / "nothing"))
+
+
+def test_audit_proves_or_names_the_step(
+    run: Path, data_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert "once per epoch" in call(capsys, "audit", str(run))
+    (run / ".rows.crc32").unlink()  # whoever falsifies a ledger removes its checksums too
+    ledger = run / "ledger.jsonl"
+    original = ledger.read_text()
+    lines = [json.loads(line) for line in original.splitlines()]
+    lines[2]["digest"] = f"{int(lines[2]['digest'], 16) ^ 1:016x}"
+    ledger.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert "step 3 was trained on other ids" in refusal(capsys, "audit", str(run))
+    ledger.write_text("".join(original.splitlines(keepends=True)[i] for i in (0, 2, 3)))
+    assert "goes from step 1 to step 3" in refusal(capsys, "audit", str(run))
+    repeated = [json.loads(line) for line in original.splitlines()]
+    for field in ("first_sample", "end_sample", "digest"):
+        repeated[3][field] = repeated[2][field]
+    ledger.write_text("".join(json.dumps(line) + "\n" for line in repeated))
+    refused = refusal(capsys, "audit", str(run))
+    assert "step 4 starts at sample 16 instead of 24" in refused
+    assert "twice in epoch 1" in refused
+
+
+def test_plan_takes_a_recipe_a_device_and_flags(capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = str(ROOT / "recipes" / "train_124m.py")
+    printed = call(capsys, "plan", recipe, "--device", "rtx3060")
+    assert "124,439,808 parameters" in printed
+    assert "16 windows x 1024 tokens x 32 accumulation steps" in printed
+    larger = json.loads(call(capsys, "plan", recipe, "--device", "a100", "--json", "--model.size", "355M"))
+    assert larger["num_parameters"] == 354_823_168
+    assert "rtx3060" in refusal(capsys, "plan", recipe, "--device", "abacus")
+    assert "neither a recipe file nor a run folder" in refusal(capsys, "plan", "missing.py")
+
+
+def test_verify_resume_proves_it_for_a_recipe(tiny: TrainConfig, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = str(ROOT / "recipes" / "train_demo.py")
+    arguments = flags(change(tiny, model={"dropout": 0.1}), DEMO)
+    printed = call(capsys, "verify-resume", recipe, "--steps", "4", "--cut", "2", *arguments)
+    assert "resumed run = uninterrupted run, bitwise" in printed
+    assert "cut=9 must lie between" in refusal(
+        capsys, "verify-resume", recipe, "--steps", "4", "--cut", "9", *arguments
+    )
+
+
+def test_each_part_of_the_state_that_is_lost_is_named(run: Path, tmp_path: Path) -> None:
+    whole = checkpoint.load(run / "checkpoints" / "step-00000004")
+    assert compare_states(whole, whole) is None
+    for part in whole.state:
+        lost = {name: value for name, value in whole.state.items() if name != part}
+        other = checkpoint.Loaded(**{**vars(whole), "state": lost})
+        assert compare_states(whole, other) == f"state.json: {part} is missing in the second"
+    for file, tensors in (("model", whole.model), ("optimizer", whole.optimizer)):
+        for name in tensors:
+            changed = {**tensors, name: tensors[name] + 1e-3}
+            difference = compare_states(whole, checkpoint.Loaded(**{**vars(whole), file: changed}))
+            assert difference is not None
+            assert difference.startswith(f"{file}.safetensors: {name} differs")
+    copy = tmp_path / "copy"
+    shutil.copytree(run, copy)
+    assert compare_runs(run, copy, step=4) is None
+    (copy / ".rows.crc32").unlink()  # or the changed row would count as damaged
+    text = (copy / "metrics.jsonl").read_text().splitlines()
+    row = json.loads(text[1])
+    row["loss/train"] = torch.nextafter(torch.tensor(row["loss/train"]), torch.tensor(0.0)).item()
+    (copy / "metrics.jsonl").write_text("\n".join([text[0], json.dumps(row), *text[2:]]) + "\n")
+    difference = compare_runs(run, copy, step=4)
+    assert difference is not None
+    assert difference.startswith("metrics.jsonl, step 2: loss/train is")
+
+
+def test_help_lists_every_verb(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["--help"])
+    assert stop.value.code == 0
+    printed = capsys.readouterr().out
+    for verb in ("prepare", "verify", "generate", "evaluate", "export", "plan", "adopt", "audit", "verify-resume"):
+        assert verb in printed

@@ -1,0 +1,168 @@
+"""What launchers and devices decide: precision, refused variables, compilers, spikes, one-line errors."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from tests.support import environment
+from toolkit.errors import UserError, describe_os_error
+from toolkit.failpoint import VARIABLE, failpoint, is_set
+from toolkit.training import environment as surroundings
+from toolkit.training.environment import refuse_environment, resolve_precision, should_compile
+from toolkit.training.progress import duration
+from toolkit.training.spikes import SpikeDetector
+
+CPU = torch.device("cpu")
+
+
+def test_precision_follows_recipe_launcher_and_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert resolve_precision("auto") == "fp32"
+    assert resolve_precision("bf16") == "bf16"
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")  # silence
+    assert resolve_precision("auto") == "fp32"
+    assert resolve_precision("bf16") == "bf16"
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    assert resolve_precision("auto") == "bf16"
+    assert resolve_precision("bf16") == "bf16"
+    with pytest.raises(UserError, match=r"--training\.precision fp32 contradicts --mixed_precision bf16"):
+        resolve_precision("fp32")
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp8")
+    with pytest.raises(UserError, match="fp8 of the launcher is not supported"):
+        resolve_precision("auto")
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
+    for asked in ("auto", "fp16"):
+        with pytest.raises(UserError, match="fp16 needs a GradScaler, which acts on CUDA only"):
+            resolve_precision(asked)
+    # A CUDA device as torch describes it: native bf16 from compute capability 8.0 on.
+    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "Some GPU")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (8, 6))
+    assert resolve_precision("auto") == "bf16"
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (7, 5))
+    assert resolve_precision("auto") == "fp16"
+    with pytest.raises(UserError, match="Some GPU does not compute bf16 natively"):
+        resolve_precision("bf16")
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4", "=4 would override the accumulation"),
+        ("ACCELERATE_USE_FSDP", "true", "asks for FSDP"),
+        ("ACCELERATE_USE_DEEPSPEED", "true", "asks for DeepSpeed"),
+        ("ACCELERATE_DYNAMO_BACKEND", "inductor", "use --training.compile on instead"),
+    ],
+)
+def test_what_the_environment_sets_behind_the_recipe_is_refused(
+    monkeypatch: pytest.MonkeyPatch, name: str, value: str, words: str
+) -> None:
+    monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=words):
+        refuse_environment()
+
+
+def test_harmless_variables_of_the_launcher_are_accepted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "NO")
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "false")
+    refuse_environment()
+
+
+def test_compilation_needs_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert should_compile("off", CPU) == (False, None)
+    assert should_compile("auto", CPU) == (False, None)
+    assert should_compile("on", CPU) == (True, None)
+    monkeypatch.setattr(surroundings.shutil, "which", lambda name: None)
+    with pytest.raises(UserError, match=r"--training.compile on cannot work here: no C\+\+ compiler found"):
+        should_compile("on", CPU)
+    compiles, line = should_compile("auto", torch.device("cuda"))
+    assert not compiles
+    assert line is not None
+    assert "not compiling: no C++ compiler found" in line
+
+
+def test_a_spike_lies_far_above_the_median_and_leaves_the_history_alone() -> None:
+    detector = SpikeDetector(z_score=6.0)
+    losses = [3.0 + 0.01 * (i % 7) for i in range(100)]
+    assert not any(detector.is_spike(loss) for loss in losses)
+    assert not detector.is_spike(float("nan"))
+    assert not detector.is_spike(2.0)  # a fall is no spike
+    assert detector.is_spike(4.0)
+    assert detector.is_spike(4.0)  # the first has not become part of what is normal
+    assert not detector.is_spike(3.05)
+    assert SpikeDetector(z_score=6.0, history=detector.history).is_spike(4.0)
+
+
+def test_without_history_there_is_no_spike() -> None:
+    detector = SpikeDetector(z_score=1.0)
+    assert not any(detector.is_spike(loss) for loss in [10.0, 9.0, 50.0, 8.0])
+
+
+def test_durations_are_words() -> None:
+    assert [duration(s) for s in (9, 428, 18_360, 273_600)] == ["9 s", "7 min 8 s", "5 h 6 min", "3 d 4 h"]
+
+
+def test_failure_points_act_when_and_where_they_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    failpoint("here")
+    monkeypatch.setenv(VARIABLE, "here=raise@2; there#3=raise; everywhere=fail@2+")
+    assert is_set("there")
+    failpoint("here")
+    with pytest.raises(RuntimeError, match="failpoint here"):
+        failpoint("here")
+    failpoint("here")
+    failpoint("there")
+    monkeypatch.setenv("RANK", "3")
+    with pytest.raises(RuntimeError):
+        failpoint("there")
+    failpoint("everywhere")
+    for _ in range(2):
+        with pytest.raises(OSError, match="No space left"):
+            failpoint("everywhere")
+
+
+@pytest.mark.parametrize(
+    ("code", "status", "printed"),
+    [
+        ("raise UserError('x=1 is wrong; use 2')", 1, "error: x=1 is wrong; use 2\n"),
+        ("open('/no/such/file')", 1, "error: /no/such/file: No such file or directory\n"),
+        ("raise KeyboardInterrupt", 130, "interrupted\n"),
+        ("os.environ['RANK'] = '1'; raise UserError('said by rank 0')", 1, ""),
+    ],
+)
+def test_errors_of_users_are_one_line(code: str, status: int, printed: str) -> None:
+    program = f"import os\nfrom toolkit.errors import UserError, one_line_errors\nwith one_line_errors():\n    {code}"
+    done = subprocess.run([sys.executable, "-c", program], env=environment(), capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (status, printed)
+
+
+def test_mistakes_of_ours_keep_their_traceback() -> None:
+    program = "from toolkit.errors import one_line_errors\nwith one_line_errors():\n    1 / 0"
+    done = subprocess.run([sys.executable, "-c", program], env=environment(), capture_output=True, text=True)
+    assert "ZeroDivisionError" in done.stderr
+
+
+def test_a_reader_that_goes_away_is_no_error() -> None:
+    program = (
+        "from toolkit.errors import one_line_errors\n"
+        "with one_line_errors():\n    while True:\n        print('word ' * 1000, flush=True)"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", program], env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.read(100)
+        process.stdout.close()
+        assert process.stderr.read() == ""
+    assert process.returncode == 1
+
+
+def test_a_full_disk_is_described_with_its_path_and_a_way_out() -> None:
+    error = OSError(28, os.strerror(28), "runs/a/metrics.jsonl")
+    text = describe_os_error(error)
+    assert text.startswith("runs/a/metrics.jsonl: No space left on device")
+    assert "free some space" in text
