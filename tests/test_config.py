@@ -132,11 +132,9 @@ def test_published_sizes_have_the_published_numbers_of_parameters() -> None:
 
 
 def test_flags_reach_their_fields() -> None:
-    config = parse(
-        RECIPE_124M,
-        ["--training.max-steps", "7", "--data.path", "a=0.5", "b=0.5", "--training.micro-batch-size", "auto"]
-        + ["--training.deterministic", "true", "--training.eval-every", "None", "--wandb.mode", "offline"],
-    )
+    arguments = "--training.max-steps 7 --data.path a=0.5 b=0.5 --training.micro-batch-size auto --wandb.mode offline"
+    arguments += " --training.deterministic true --training.eval-every None"
+    config = parse(RECIPE_124M, arguments.split())
     assert config.training.max_steps == 7
     assert config.data.path == ("a=0.5", "b=0.5")
     assert config.training.micro_batch_size == "auto"
