@@ -11,28 +11,31 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 IGNORED_TARGET = -100  # as in torch.nn.functional.cross_entropy
+
+# Rows of a chunk's logits that the softmax widens to fp32 at one time when nothing fuses its passes: 64 rows of GPT-2's
+# vocabulary are 12 MiB.
+EAGER_TILE_ROWS = 64
 
 
 def mean_cross_entropy(
     hidden: Tensor, weight: Tensor, targets: Tensor, *, vocab_size: int, chunk_tokens: int
 ) -> Tensor:
-    """The mean cross-entropy over all targets that are not -100.
+    """The mean cross-entropy over all targets that are not -100 (0 if there are none).
 
     Why: logits in fp32 would take 1.5 GiB at 8 x 1024 positions and GPT-2's vocabulary, and autograd would keep several
     copies. Gradients are computed beside the loss, while a chunk's logits exist: three matrix products instead of the four
     that recomputing the logits in the backward pass would take.
     Shapes: hidden (N, C), weight (P, C), targets (N,) int64 -> () float32, nats per target.
     """
-    dtype = _product_dtype(hidden)
     if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
+        dtype = _product_dtype(hidden)
         loss: Tensor = _ChunkedCrossEntropy.apply(hidden, weight, targets, vocab_size, chunk_tokens, dtype)  # type: ignore[no-untyped-call]
         return loss
     losses = cross_entropy(hidden, weight, targets, vocab_size=vocab_size, chunk_tokens=chunk_tokens)
-    return losses.sum() / (targets != IGNORED_TARGET).sum().clamp(min=1)
+    return losses.sum() / _count(targets)
 
 
 @torch.no_grad()
@@ -44,31 +47,10 @@ def cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, *, vocab_size
     dtype = _product_dtype(hidden)
     weight = weight.to(dtype)
     losses = [
-        _log_probabilities(hidden_chunk.to(dtype), weight, vocab_size)
-        .gather(1, target_chunk.clamp(min=0)[:, None])
-        .squeeze(1)
-        .neg()
-        .masked_fill(target_chunk == IGNORED_TARGET, 0.0)
+        _softmax_(hidden_chunk.to(dtype) @ weight.t(), target_chunk, vocab_size, with_gradient=False)
         for hidden_chunk, target_chunk in _chunks(hidden, targets, chunk_tokens)
     ]
     return torch.cat(losses)
-
-
-def _chunks(hidden: Tensor, targets: Tensor, chunk_tokens: int) -> Iterable[tuple[Tensor, Tensor]]:
-    return zip(torch.split(hidden, chunk_tokens), torch.split(targets, chunk_tokens), strict=True)
-
-
-def _product_dtype(hidden: Tensor) -> torch.dtype:
-    """What autocast would compute a matrix product of `hidden` in."""
-    device_type = hidden.device.type
-    return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else hidden.dtype
-
-
-def _log_probabilities(hidden: Tensor, weight: Tensor, vocab_size: int) -> Tensor:
-    """(n, C), (P, C) -> (n, P) float32; minus infinity in the padding. The product in the given dtype, the rest in fp32."""
-    logits = hidden @ weight.t()  # (n, P)
-    logits[:, vocab_size:] = -torch.inf
-    return F.log_softmax(logits.float(), dim=1)
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
@@ -89,26 +71,21 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         dtype: torch.dtype,
     ) -> Tensor:
         weight_cast = weight.to(dtype)  # once, not once a chunk
-        total = hidden.new_zeros((), dtype=torch.float32)
-        hidden_grads = []
+        losses, hidden_grads = [], []
         weight_grad = None
         for hidden_chunk, target_chunk in _chunks(hidden, targets, chunk_tokens):
             hidden_cast = hidden_chunk.to(dtype)
-            ignored = (target_chunk == IGNORED_TARGET)[:, None]
-            columns = target_chunk.clamp(min=0)[:, None]  # (n, 1)
-            log_probabilities = _log_probabilities(hidden_cast, weight_cast, vocab_size)  # (n, P) float32
-            total = total - log_probabilities.gather(1, columns).masked_fill(ignored, 0.0).sum()
-            logits_grad = log_probabilities.exp_()
-            logits_grad.scatter_add_(1, columns, logits_grad.new_full((1, 1), -1.0).expand_as(columns))
-            logits_grad = logits_grad.masked_fill_(ignored, 0.0).to(dtype)
-            hidden_grads.append(logits_grad @ weight_cast)  # (n, C)
-            chunk_grad = logits_grad.t() @ hidden_cast  # (P, C)
+            logits = hidden_cast @ weight_cast.t()  # (n, P)
+            losses.append(_softmax_(logits, target_chunk, vocab_size, with_gradient=True).sum())
+            hidden_grads.append(logits @ weight_cast)  # (n, C); what was logits is their gradient now
+            chunk_grad = logits.t() @ hidden_cast  # (P, C)
             # One chunk: stays in the products' dtype until the backward pass. Several: summed in fp32.
             weight_grad = chunk_grad if weight_grad is None else weight_grad.float().add_(chunk_grad)
-        count = (targets != IGNORED_TARGET).sum().clamp(min=1)
+            del logits, chunk_grad  # before the next chunk's are made
+        count = _count(targets)
         ctx.save_for_backward(torch.cat(hidden_grads), weight_grad, count)
         ctx.dtypes = hidden.dtype, weight.dtype
-        return total / count
+        return torch.stack(losses).sum() / count
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
@@ -116,3 +93,43 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         hidden_dtype, weight_dtype = ctx.dtypes
         scale = (grad_outputs[0].float() / count).view(1, 1)  # two dimensions, so that bf16 * scale is computed in fp32
         return (hidden_grad * scale).to(hidden_dtype), (weight_grad * scale).to(weight_dtype), None, None, None, None
+
+
+def _softmax_(logits: Tensor, targets: Tensor, vocab_size: int, *, with_gradient: bool) -> Tensor:
+    """The cross-entropy of each target; with_gradient replaces the logits by its gradient, softmax - onehot.
+
+    Computed in fp32 whatever the logits' dtype. Rows whose target is -100 get a loss and a gradient of zero, padded
+    columns a gradient of zero.
+    Shapes: logits (n, P), targets (n,) int64 -> (n,) float32.
+    """
+    logits[:, vocab_size:] = -torch.inf
+    compiling = torch.compiler.is_compiling()  # then the passes are fused and nothing in fp32 is held
+    tile = len(logits) if compiling else EAGER_TILE_ROWS
+    losses = []
+    for rows, row_targets in _chunks(logits, targets, tile):
+        ignored = (row_targets == IGNORED_TARGET)[:, None]  # (r, 1)
+        columns = row_targets.clamp(min=0)[:, None]  # (r, 1)
+        log_probabilities = torch.log_softmax(rows.float(), dim=1)  # (r, P)
+        losses.append(-log_probabilities.gather(1, columns).masked_fill(ignored, 0.0).squeeze(1))
+        if with_gradient:
+            gradient = log_probabilities.exp_()
+            if compiling:
+                gradient = gradient - (torch.arange(logits.size(1), device=logits.device) == columns).float()
+            else:
+                gradient.scatter_add_(1, columns, gradient.new_full((), -1.0).expand_as(columns))
+            rows.copy_(gradient.mul_(~ignored))
+    return torch.cat(losses)
+
+
+def _chunks(hidden: Tensor, targets: Tensor, chunk_tokens: int) -> Iterable[tuple[Tensor, Tensor]]:
+    return zip(torch.split(hidden, chunk_tokens), torch.split(targets, chunk_tokens), strict=True)
+
+
+def _count(targets: Tensor) -> Tensor:
+    return (targets != IGNORED_TARGET).sum().clamp(min=1)
+
+
+def _product_dtype(hidden: Tensor) -> torch.dtype:
+    """What autocast would compute a matrix product of `hidden` in."""
+    device_type = hidden.device.type
+    return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else hidden.dtype
