@@ -41,13 +41,16 @@ class Server:
 
     def __init__(self, folder: Path, *, ranges: bool = True) -> None:
         self.requests: Counter[str] = Counter()
+        self.starts: Counter[tuple[str, int]] = Counter()  # (file, first byte asked for)
         self.faults: dict[str, Fault] = {}
         server = self
 
         class Handler(http.server.BaseHTTPRequestHandler):
             def do_GET(self) -> None:
                 name = self.path.partition("?")[0].rpartition("/")[2]
+                start = int(self.headers.get("Range", "bytes=0-").removeprefix("bytes=").rstrip("-"))
                 server.requests[name] += 1
+                server.starts[name, start] += 1
                 path = folder / name
                 if not path.is_file():
                     self.send_error(404)
@@ -56,9 +59,7 @@ class Server:
                 fault = server.faults.get(name)
                 if fault is not None and fault(self, data):
                     return
-                wanted = self.headers.get("Range")
-                if wanted and ranges:
-                    start = int(wanted.removeprefix("bytes=").rstrip("-"))
+                if start and ranges:
                     self.send_response(206)
                     self.send_header("Content-Range", f"bytes {start}-{len(data) - 1}/{len(data)}")
                     data = data[start:]
@@ -147,9 +148,52 @@ def test_the_cache_stays_within_its_limit_and_drops_what_was_used(server: Server
         assert batch["digest"].shape == (4,)
         held.append(cached_bytes(cache))
     assert max(held) <= ROOM_GIB * 2**30
-    assert (
-        sum(server.requests[f"train_{index:06d}.bin"] for index in range(SHARDS)) >= SHARDS * 3 // 2
-    )  # dropped, fetched again
+    assert sum(server.requests[f"train_{index:06d}.bin"] for index in range(SHARDS)) > SHARDS  # fetched again
+    deadline = time.monotonic() + 5
+    while len(list(cache.rglob("*.bin"))) > 4 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert len(list(cache.rglob("*.bin"))) == 4  # this group and the next; the others were dropped, not only evicted
+
+
+def test_runs_that_share_a_cache_take_no_shard_that_another_needs_now(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(remote, "NO_ROOM_SECONDS", 0.3)
+    cache = tmp_path / "cache"
+
+    def start(position: int) -> Iterator[dict[str, Any]]:
+        data = open_data(server.url, cache_dir=str(cache), cache_gib=ROOM_GIB)
+        batches = iter(training_loader(data, position=position, micro_batch_size=1, **SETTINGS))
+        next(batches)
+        return batches
+
+    def shards_of(group: int) -> set[str]:
+        first = group * 2 * PER_SHARD
+        local = open_data(str(cache.parent / "data"))
+        return {window.shard for window in sample_windows(local, first, 2 * PER_SHARD, **SETTINGS)}
+
+    def wait_until_cached(*groups: int) -> None:
+        names = set.union(*(shards_of(group) for group in groups))
+        deadline = time.monotonic() + 5
+        while not names <= {path.name for path in cache.rglob("*.bin")} and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert names <= {path.name for path in cache.rglob("*.bin")}
+
+    one = start(0)
+    wait_until_cached(0, 1)
+    two = start(3 * 2 * PER_SHARD)  # there is room for its group because that which the other needs soon makes way
+    wait_until_cached(0, 3)
+    three = start(4 * 2 * PER_SHARD)
+    wait_until_cached(0, 3, 4)
+    with pytest.raises(
+        UserError, match=r"no room for .*/data/train_0.*.bin in .*cache: its .* GiB are in use by other"
+    ):
+        start(2 * 2 * PER_SHARD)
+    wait_until_cached(0, 3, 4)
+    assert cached_bytes(cache) <= ROOM_GIB * 2**30
+    del two, three
+    for _ in range(4 * PER_SHARD):
+        next(one)
 
 
 def test_a_set_that_fits_as_a_whole_is_fetched_once(server: Server, tmp_path: Path) -> None:
@@ -196,16 +240,13 @@ def test_what_a_cache_held_before_is_hashed_before_it_is_used(server: Server, fo
 # ------------------------------------------------------------------------------------------------------------- faults
 
 
-def once(fault: Fault) -> Fault:
-    done = []
+def times(count: int, fault: Fault) -> Fault:
+    left = [fault] * count
 
-    def first_time(handler: http.server.BaseHTTPRequestHandler, data: bytes) -> bool:
-        if done:
-            return False
-        done.append(1)
-        return fault(handler, data)
+    def first_times(handler: http.server.BaseHTTPRequestHandler, data: bytes) -> bool:
+        return bool(left) and left.pop()(handler, data)
 
-    return first_time
+    return first_times
 
 
 def respond(handler: http.server.BaseHTTPRequestHandler, body: bytes, *, length: int | None = None) -> None:
@@ -260,13 +301,31 @@ FAULTS = {"stall": stall, "drop": drop, "corrupt": corrupt, "shorter": shorter, 
 def test_a_fault_that_passes_changes_nothing(folder: Path, tmp_path: Path, fault: str, ranges: bool) -> None:
     server = Server(folder, ranges=ranges)
     answer = FAULTS.get(fault) or status(int(fault))
-    server.faults = {name: once(answer) for name in ("train_000001.bin", "train_000007.bin")}
+    server.faults = {name: times(1, answer) for name in ("train_000001.bin", "train_000007.bin")}
     try:
         count = SHARDS * PER_SHARD
         assert digests_of(server.url, count, cache=tmp_path / "cache") == digests_of(str(folder), count)
         assert server.requests["train_000001.bin"] == 2
+        if fault in ("stall", "drop"):
+            assert server.starts["train_000001.bin", 700] == 1  # it went on where the connection stopped
     finally:
         server.close()
+
+
+def test_a_link_that_drops_again_and_again_gets_there(server: Server, folder: Path, tmp_path: Path) -> None:
+    def drop_soon(handler: http.server.BaseHTTPRequestHandler, data: bytes) -> bool:
+        start = int(handler.headers.get("Range", "bytes=0-").removeprefix("bytes=").rstrip("-"))
+        handler.send_response(206 if start else 200)
+        handler.send_header("Content-Range", f"bytes {start}-{len(data) - 1}/{len(data)}")
+        handler.send_header("Content-Length", str(len(data) - start))
+        handler.end_headers()
+        handler.wfile.write(data[start : start + 100])
+        return True
+
+    server.faults = {"train_000001.bin": drop_soon}
+    count = SHARDS * PER_SHARD
+    assert digests_of(server.url, count, cache=tmp_path / "cache", gib=1.0) == digests_of(str(folder), count)
+    assert server.requests["train_000001.bin"] == -(-SHARD_BYTES // 100)
 
 
 @pytest.mark.parametrize(

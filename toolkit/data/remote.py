@@ -23,6 +23,7 @@ import time
 import urllib.error
 import urllib.parse
 import urllib.request
+import weakref
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -128,7 +129,7 @@ class RemoteFolder:
                 if begun != str(start):
                     raise _LinkError(f"asked for bytes from {start} on and got them from {begun!r} on")
                 skip = 0
-            while piece := response.read(PIECE_BYTES):
+            while piece := response.read1(PIECE_BYTES):  # what is there, so that a stall loses nothing
                 yield piece[skip:]
                 skip = max(0, skip - len(piece))
                 left = None if left is None else left - len(piece)
@@ -338,7 +339,11 @@ class ShardCache:
 
 
 class Fetcher:
-    """Keeps the shards that are needed now and soon on this machine, in background threads that live while there is work."""
+    """Keeps the shards that are needed now and soon on this machine, in background threads that live while there is work.
+
+    What is needed now is held: open, and locked against removal. What is needed soon lies in the cache unlocked, so that
+    another run that needs room now can have it; the worst that happens then is that it is fetched again.
+    """
 
     def __init__(self, cache: ShardCache) -> None:
         self._cache = cache
@@ -346,9 +351,11 @@ class Fetcher:
         self._needs: dict[tuple[str, Split], tuple[list[_Key], list[_Key]]] = {}  # (now, soon) of each set and split
         self._demanded: _Key | None = None  # what a read is waiting for
         self._held: dict[_Key, Any] = {}
+        self._ready: set[_Key] = set()  # fetched for later
+        self._verified: dict[_Key, _Identity] = {}  # files whose sha256 this process has seen to be right
         self._active: set[_Key] = set()
         self._deferred: dict[_Key, tuple[float, float, str]] = {}  # not before this moment, waited so far, why
-        self._failed: dict[_Key, UserError] = {}
+        self._failed: dict[_Key, Exception] = {}
         self._discarded: list[_Key] = []
         self._threads = 0
         self.total_bytes = 0  # of all sets that are read through this object
@@ -371,12 +378,24 @@ class Fetcher:
         with self._changed:
             self._needs[name] = (list(now), list(soon))
             self._failed.clear()  # what failed while it was not urgent may be had by now
-            kept = self._kept()
-            for key in [key for key in self._held if key not in kept]:
+            urgent, kept = self._urgent(), self._kept()
+            for key in self._ready & urgent:
+                self._hold_ready(key)
+            unneeded = [key for key in {*self._held, *self._ready} if key not in kept]
+            for key in [key for key in self._held if key not in urgent]:
                 self._held.pop(key).close()
-                if self.total_bytes > self.limit_bytes:  # sets that fit as a whole stay, for the next epoch
-                    self._discarded.append(key)
+                self._ready.add(key)
+            self._ready -= {*unneeded}
+            if self.total_bytes > self.limit_bytes:  # sets that fit as a whole stay, for the next epoch
+                self._discarded += unneeded
             self._start_threads()
+
+    def _hold_ready(self, key: _Key) -> None:
+        """Opens a shard that was fetched earlier; if it was removed since, it is to be fetched again."""
+        self._ready.discard(key)
+        file = self._cache.open_whole(key)
+        if file is not None and _identity(file) == self._verified.get(key):
+            self._held[key] = file
 
     def read_into(self, key: _Key, buffer: memoryview, offset: int) -> int:
         """Fills the buffer from a shard, waiting until it is there.
@@ -393,6 +412,7 @@ class Fetcher:
         with self._changed:
             self._failed.pop(key, None)
             self._deferred.pop(key, None)
+            self._ready.discard(key)
             self._demanded = key
             try:
                 while key not in self._held:
@@ -411,49 +431,53 @@ class Fetcher:
                 self.seconds_waited += time.monotonic() - start
             return self._held[key]
 
-    def _kept(self) -> frozenset[_Key]:
-        needed = [key for now, soon in self._needs.values() for key in (*now, *soon)]
+    def _urgent(self) -> frozenset[_Key]:
+        needed = [key for now, _ in self._needs.values() for key in now]
         return frozenset([*needed, self._demanded] if self._demanded else needed)
+
+    def _kept(self) -> frozenset[_Key]:
+        return self._urgent().union(*(soon for _, soon in self._needs.values()))
 
     def _pending(self) -> list[_Key]:
         """What is to be fetched, the most urgent first."""
         wanted = [self._demanded] if self._demanded else []
         wanted += [key for now, _ in self._needs.values() for key in now]
         wanted += [key for _, soon in self._needs.values() for key in soon]
-        done = {*self._held, *self._active, *self._failed}
+        done = {*self._held, *self._ready, *self._active, *self._failed}
         return [key for key in dict.fromkeys(wanted) if key not in done]
 
     def _start_threads(self) -> None:
         work = len(self._pending()) + bool(self._discarded)
         while self._threads < min(FETCH_THREADS, work):
             self._threads += 1
-            threading.Thread(target=self._work, name="shard-fetcher", daemon=True).start()
+            threading.Thread(target=_work, args=(weakref.ref(self),), name="shard-fetcher", daemon=True).start()
         self._changed.notify_all()
 
-    def _work(self) -> None:
-        """A thread's life: drop what is not needed, fetch what is, until there is nothing left to do."""
-        while True:
-            with self._changed:
-                kept, discarded, pending = self._kept(), self._discarded, self._pending()
-                self._discarded = []
-                now = time.monotonic()
-                key = next((key for key in pending if self._deferred.get(key, (0.0,))[0] <= now), None)
-                if key is not None:
-                    self._active.add(key)
-                elif pending:
-                    self._changed.wait(BUSY_SECONDS)
-                elif not discarded:
-                    self._threads -= 1
-                    return
-            for unneeded in discarded:
-                if unneeded not in kept:
-                    self._cache.remove(unneeded)
+    def work_once(self) -> bool:
+        """Drops what is not needed and fetches one shard that is; False once a thread has nothing left to do."""
+        with self._changed:
+            kept, discarded, pending = self._kept(), self._discarded, self._pending()
+            self._discarded = []
+            now = time.monotonic()
+            key = next((key for key in pending if self._deferred.get(key, (0.0,))[0] <= now), None)
             if key is not None:
-                self._fetch_and_record(key, kept)
+                self._active.add(key)
+            elif pending:
+                self._changed.wait(BUSY_SECONDS)
+            elif not discarded:
+                self._threads -= 1
+                return False
+        for unneeded in discarded:
+            if unneeded not in kept:
+                with contextlib.suppress(OSError):  # what stays is removed when its room is needed
+                    self._cache.remove(unneeded)
+        if key is not None:
+            self._fetch_and_record(key, kept)
+        return True
 
     def _fetch_and_record(self, key: _Key, kept: frozenset[_Key]) -> None:
         file: Any = None
-        problem: UserError | None = None
+        problem: Exception | None = None
         obstacle = ""
         try:
             file = self._fetch(key, kept)
@@ -463,6 +487,8 @@ class Fetcher:
             problem = error
         except OSError as error:
             problem = UserError(f"the cache of remote shards: {describe_os_error(error)}")
+        except Exception as error:  # a mistake of ours: whoever waits for the shard shall see it
+            problem = error
         with self._changed:
             self._active.discard(key)
             if problem is not None:
@@ -472,10 +498,12 @@ class Fetcher:
                 self._defer(key, obstacle)
             else:
                 self._deferred.pop(key, None)
-                if key in self._kept():
+                self._verified[key] = _identity(file)
+                if key in self._urgent():
                     self._held[key] = file
-                else:  # the run has moved on
+                else:
                     file.close()
+                    self._ready |= {key} & self._kept()  # or the run has moved on
             self._changed.notify_all()
 
     def _defer(self, key: _Key, obstacle: str) -> None:
@@ -498,6 +526,8 @@ class Fetcher:
         """
         file = self._cache.open_whole(key)
         if file is not None:
+            if _identity(file) == self._verified.get(key):
+                return file
             problem = _content_problem(file, key)
             if problem is None:
                 return file
@@ -519,6 +549,21 @@ class Fetcher:
             f"{key.where}: {problem}, also when fetched again; the shard there is not that of {MANIFEST_FILE}: run "
             "`toolkit verify` where the set was made and copy it again"
         )
+
+
+def _work(reference: "weakref.ref[Fetcher]") -> None:
+    """The life of a thread: as long as there is work, and somebody who could read what it fetches."""
+    while (fetcher := reference()) is not None and fetcher.work_once():
+        del fetcher
+
+
+_Identity = tuple[int, int, int, int]
+
+
+def _identity(file: Any) -> _Identity:
+    """What tells that a file is still the one it was: device, inode, size, time of its last change."""
+    status = os.fstat(file.fileno())
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def _download(key: _Key, file: Any) -> str | None:
