@@ -145,10 +145,9 @@ def test_a_second_run_in_the_same_folder_is_refused_until_the_first_is_dead(run:
     reader, pipe = os.pipe()
 
     def hold() -> None:
-        folder = RunFolder(run)
+        RunFolder(run)
         worker = os.fork()  # as a DataLoader's worker, which outlives a killed process for some seconds
         if worker == 0:
-            folder.close()  # a child's copy of the object frees nothing
             time.sleep(60)
         os.write(pipe, f"{worker}\n".encode())
         time.sleep(60)
@@ -166,6 +165,21 @@ def test_a_second_run_in_the_same_folder_is_refused_until_the_first_is_dead(run:
     os.kill(worker, 0)  # alive
     RunFolder(run).close()
     os.kill(worker, signal.SIGKILL)
+
+
+def test_a_child_that_closes_its_copy_closes_nothing_else(run: Path) -> None:
+    folder = RunFolder(run)
+
+    def close() -> None:
+        descriptors = [os.open(os.devnull, os.O_RDONLY) for _ in range(20)]  # one of them under the lock's number
+        folder.close()
+        for descriptor in descriptors:
+            os.fstat(descriptor)
+
+    assert os.waitpid(fork(close), 0)[1] == 0
+    with pytest.raises(UserError, match="is in use by pid"):
+        RunFolder(run)
+    folder.close()
 
 
 def test_closing_frees_the_folder_and_a_second_one_in_the_same_process_is_refused(run: Path) -> None:
