@@ -385,10 +385,11 @@ def test_validation_is_the_first_windows_in_file_order(make_set: MakeSet) -> Non
 
 def test_validation_without_windows_is_refused(make_set: MakeSet) -> None:
     data_set = open_data(str(make_set("data", [100], val=[10]))).sets[0]
+    single = open_data(str(make_set("single", [100], val=[1]))).sets[0]
     with pytest.raises(
-        UserError, match=r"no val shard holds a window of sequence_length \+ 1 = 17 tokens \(the longest has 10"
+        UserError, match=r"no val shard holds a window of sequence_length \+ 1 = 17 tokens \(the longest has 1\)"
     ):
-        validation_loader(data_set, sequence_length=16, max_tokens=1000, micro_batch_size=4)
+        validation_loader(single, sequence_length=16, max_tokens=1000, micro_batch_size=4)
     with pytest.raises(
         UserError, match=r"evaluation.max_tokens=8 is less than one window of sequence_length=9; use at least 9"
     ):
@@ -396,6 +397,18 @@ def test_validation_without_windows_is_refused(make_set: MakeSet) -> None:
     empty = open_data(str(make_set("none", [100], val=[]))).sets[0]
     with pytest.raises(UserError, match=r"no val shard holds .* \(there is no shard\)"):
         validation_loader(empty, sequence_length=16, max_tokens=1000, micro_batch_size=4)
+
+
+def test_a_small_validation_split_is_evaluated_in_shorter_windows(
+    make_set: MakeSet, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging.getLogger("toolkit"), "propagate", True)
+    data_set = open_data(str(make_set("data", [100], val=[10, 4]))).sets[0]
+    batches = validation_loader(data_set, sequence_length=16, max_tokens=1000, micro_batch_size=4)
+    assert len(batches) == 1
+    assert batches[0]["input_ids"].tolist() == [list(range(100, 109))]
+    assert batches[0]["targets"].tolist() == [list(range(101, 110))]
+    assert "the longest validation shard has 10 tokens, less than a window of 16 + 1; evaluating windows of 9" in caplog.text
 
 
 def test_a_100_billion_token_set_opens_and_seeks_at_once(tmp_path: Path) -> None:

@@ -371,6 +371,13 @@ class ValidationBatches(Sequence[Batch]):
     """The first windows of a set's validation split in file order, in batches; batch k is a pure function of k."""
 
     def __init__(self, data_set: DataSet, *, sequence_length: int, max_tokens: int, micro_batch_size: int) -> None:
+        longest = max((shard.info.tokens for shard in data_set.shards["val"]), default=0)
+        if 1 < longest <= sequence_length:  # a small text leaves few validation tokens: all of them are used
+            logger.warning(
+                "%s: the longest validation shard has %d tokens, less than a window of %d + 1; evaluating windows of %d",
+                data_set.path, longest, sequence_length, longest - 1,
+            )  # fmt: skip
+            sequence_length = longest - 1
         counts = window_counts(data_set, "val", sequence_length=sequence_length)
         self._data_set = data_set
         self._starts = np.concatenate(([0], np.cumsum(counts)))
@@ -415,7 +422,8 @@ def validation_loader(
 ) -> ValidationBatches:
     """The validation batches of a set, covering at most `max_tokens` targets; the last may be shorter.
 
-    Raises: UserError if there is no window in the validation split, or no room for one in `max_tokens`.
+    A split without a whole window is evaluated in shorter ones, as long as its longest shard allows, and that is said.
+    Raises: UserError if there are no two tokens in any validation shard, or no room for one in `max_tokens`.
     """
     return ValidationBatches(
         data_set, sequence_length=sequence_length, max_tokens=max_tokens, micro_batch_size=micro_batch_size
