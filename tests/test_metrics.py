@@ -203,9 +203,15 @@ def test_damaged_checksums_cost_no_row(tmp_path: Path) -> None:
 
 
 def test_a_kill_at_any_moment_of_a_truncation_loses_nothing(tmp_path: Path) -> None:
+    def cut_off(folder: Path) -> RunLog:
+        log = fill(folder, 23)
+        log.close()
+        flip(folder / "metrics.jsonl", 12, 0x01)  # one damaged line
+        return log
+
     expected = tmp_path / "expected"
     expected.mkdir()
-    fill(expected, 23).truncate_after(15)
+    cut_off(expected).truncate_after(15)
     code = (
         "import sys; from pathlib import Path; from toolkit.training.metrics import RunLog\n"
         "RunLog(Path(sys.argv[1])).truncate_after(15)"
@@ -220,7 +226,7 @@ def test_a_kill_at_any_moment_of_a_truncation_loses_nothing(tmp_path: Path) -> N
     processes = []
     for folder, point in zip(folders, points, strict=True):
         folder.mkdir()
-        fill(folder, 23).close()
+        cut_off(folder)
         environ = os.environ | {"TOOLKIT_FAILPOINTS": point}
         processes.append(subprocess.Popen([sys.executable, "-c", code, folder], env=environ, stderr=subprocess.PIPE))
     for folder, process in zip(folders, processes, strict=True):

@@ -10,19 +10,20 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.support import ROOT
 from tests.wandb_reader import offline_runs
 from tests.wandb_server import WandbServer
-from toolkit.config import SamplingConfig, TrainConfig, WandbConfig, to_dict
+from toolkit.config import RunConfig, SamplingConfig, TrainConfig, WandbConfig, to_dict
 from toolkit.errors import UserError
-from toolkit.training.metrics import RunLog
+from toolkit.training.metrics import RunLog, read_rows
 from toolkit.training.wandb_mirror import WandbMirror, has_key, resolve_mode
 from toolkit.training.wandb_sync import wandb_sync
 
@@ -190,14 +191,15 @@ def test_a_key_in_netrc(tmp_path: Path, machine: str, variables: dict[str, str],
 # ------------------------------------------------------------------------------------- what W&B has at the end
 
 TRAINING = """
-import json, os, signal, sys
+import json, os, sys, time
 from pathlib import Path
 from tests.test_wandb import log_steps, mirror
 mirror = mirror("offline")
 mirror.start(json.loads(os.environ["RECIPE"]), "id123", folder=Path(sys.argv[1]))
 log_steps(mirror, 1, 30)
-print("x" * 100, "canary-printed", file=sys.stderr)
-os.kill(os.getpid(), signal.SIGKILL)
+print(mirror.pid, flush=True)
+print("canary-printed", file=sys.stderr)
+time.sleep(600)
 """
 
 CANARIES = {
@@ -216,19 +218,18 @@ def test_offline_through_a_kill_then_wandb_sync(
     recipe = to_dict(TrainConfig(sampling=SamplingConfig(prompt="say canary-environment-hf")))
     recipe["data"]["path"] = ["https://user:canary-url@host/data?X-Amz-Signature=canary-signature"]
     monkeypatch.setenv("RECIPE", json.dumps(recipe))
-    killed = subprocess.run(
-        [sys.executable, "-c", TRAINING, folder, "--token=canary-argument"],
-        cwd=Path(__file__).parents[1],
-        capture_output=True,
-        check=False,
-    )
-    assert killed.returncode == -signal.SIGKILL
-    until(
-        lambda: list(folder.glob("wandb/*/*.wandb"))
-    )  # its helper goes on, and finishes the run before another begins
+    command = [sys.executable, "-c", TRAINING, folder, "--token=canary-argument"]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as training:
+        assert training.stdout is not None
+        helper = int(training.stdout.readline())
+        until(lambda: list(folder.glob("wandb/*/*.wandb")))
+        os.kill(helper, signal.SIGSTOP)  # it takes its time ...
+        training.kill()
     again = mirror("offline")  # from the checkpoint at step 20
     again.start(recipe, "id123", folder=folder)
     log_steps(again, 21, 50)
+    time.sleep(3)  # longer than wandb takes to start
+    os.kill(helper, signal.SIGCONT)  # ... to finish the run, and the next one waits for it
     again.finish("finished")
 
     first, second = offline_runs(folder)
@@ -250,8 +251,10 @@ def test_offline_through_a_kill_then_wandb_sync(
     subprocess.run(sync, check=True, capture_output=True)
     assert [run["_step"] for run in server.history["id123"]] == list(range(1, 51))
     assert without_internals(server.history["id123"]) == [expected(step) for step in range(1, 51)]
-    for path in [path for path in folder.rglob("*") if path.is_file()]:
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    for path in files:
         assert b"canary" not in path.read_bytes(), path
+    assert not {"wandb-metadata.json", "requirements.txt"} & {path.name for path in files}
     assert not any(b"canary" in body for body in server.bodies)
     assert not any("canary" in request for request in server.requests)
 
@@ -277,6 +280,34 @@ def test_online_a_resumed_run_is_continued_without_a_step_twice(
     ]
     assert not any(KEY.encode() in body for body in server.bodies)
     assert not any("otel" in request for request in server.requests)  # wandb's telemetry
+
+
+def test_training_is_the_same_with_wandb_without_it_and_with_wandb_in_trouble(
+    tiny: TrainConfig, fit: Callable[[TrainConfig], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_API_KEY", KEY)
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
+    folders = [
+        fit(replace(tiny, run=RunConfig(dir=str(tmp_path / mode)), wandb=WandbConfig(mode=mode)))  # type: ignore[arg-type]
+        for mode in ("disabled", "offline", "online")
+    ]
+    logs = [list(read_rows(folder / "metrics.jsonl")) for folder in folders]
+    assert [steady(log) for log in logs] == [steady(logs[0])] * 3
+    weights = [next(folder.glob("checkpoints/step-*8/model.safetensors")).read_bytes() for folder in folders]
+    assert weights == [weights[0]] * 3
+    for folder, log in zip(folders[1:], logs[1:], strict=True):
+        (run,) = offline_runs(folder)
+        assert run.run_id == json.loads((folder / "run.json").read_text())["id"]
+        assert [row["step"] for row in run.rows] == list(range(1, 9))
+        for recorded in log:  # training rows and evaluations, each with all that it holds
+            assert run.rows[recorded["step"] - 1].items() >= recorded.items()
+        assert all(set(row) >= NAMES - {"throughput/mfu"} for row in run.rows)  # no peak is known for this CPU
+        assert [row["step"] for row in run.rows if "samples/path" in row] == [4, 8]
+
+
+def steady(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows without what is measured with a clock or depends on what else the process did."""
+    return [{k: v for k, v in row.items() if not k.startswith(("time/", "throughput/", "memory/"))} for row in rows]
 
 
 # ------------------------------------------------------------------------------------------------------- trouble
