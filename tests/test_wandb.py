@@ -1,5 +1,6 @@
 """Weights & Biases as a mirror that can never hurt: real wandb, offline and against a stand-in server on 127.0.0.1."""
 
+import fcntl
 import json
 import logging
 import os
@@ -497,7 +498,8 @@ def test_wandb_sync_rebuilds_the_run_from_its_metrics(folder: Path, tmp_path: Pa
     finished_run(folder, 30)
     with (folder / "metrics.jsonl").open("a") as file:
         file.write('{"step": 31, "lo')  # the run was cut off there
-    *_, last = wandb_sync(folder, offline_to=tmp_path / "copy")
+    first, *_, last = wandb_sync(folder, offline_to=tmp_path / "copy")
+    assert first == f"{folder / 'metrics.jsonl'}: left out 1 damaged lines (the first is line 34)"
     assert last == "W&B has all of it"
     (offline,) = offline_runs(tmp_path / "copy")
     assert without_internals(offline.rows) == [expected(step) for step in range(1, 31)]
@@ -505,7 +507,7 @@ def test_wandb_sync_rebuilds_the_run_from_its_metrics(folder: Path, tmp_path: Pa
     assert offline.config["training"] == to_dict(TrainConfig())["training"]
     assert [row["_step"] for row in offline.rows if "samples/path" in row] == [10, 20, 30]
 
-    assert list(wandb_sync(folder))[:2] == [
+    assert list(wandb_sync(folder))[1:3] == [
         f"{folder}: 30 steps up to step 30, W&B id id123",
         f"W&B: {server.url}/e/p/runs/id123",
     ]
@@ -539,5 +541,8 @@ def test_wandb_sync_says_what_is_wrong_in_one_line(
     monkeypatch.setenv("WANDB_API_KEY", KEY)
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
     assert "127.0.0.1:9 cannot be reached" in message()
+    with (folder / "run.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert "is being trained now" in message()
     (folder / "run.json").write_text("{")
     assert "run.json cannot be read" in message()

@@ -6,6 +6,7 @@ where it has the run already, only the steps after its last one are added. So th
 `fresh` makes a complete copy under a new id where W&B's own record has holes.
 """
 
+import fcntl
 import json
 import os
 import secrets
@@ -16,8 +17,9 @@ from typing import Any
 
 from toolkit.config import TrainConfig, load_recipe, to_dict
 from toolkit.errors import UserError
-from toolkit.training.metrics import log_path, read_rows
+from toolkit.training.metrics import damaged_lines, log_path, read_rows
 from toolkit.training.redact import redact
+from toolkit.training.run_folder import LOCK, RECIPE, RUN, STATUS
 from toolkit.training.wandb_mirror import (
     INIT_SECONDS,
     WandbProcess,
@@ -35,7 +37,7 @@ MOST_UNSENT_BYTES = 2**20
 def wandb_sync(run_dir: Path, *, fresh: bool = False, offline_to: Path | None = None) -> Iterator[str]:
     """Sends a run to W&B, or writes it below `offline_to` as an offline run; yields what to tell the user.
 
-    Raises: UserError if the folder holds no run, if W&B has no key here, cannot be reached or does not take everything.
+    Raises: UserError if the folder holds no run or one that is being trained now, if W&B has no key here, cannot be reached or does not take everything.
     """
     run_id, config = _read_run(run_dir)
     steps = _steps(run_dir)
@@ -43,8 +45,14 @@ def wandb_sync(run_dir: Path, *, fresh: bool = False, offline_to: Path | None = 
         raise UserError(f"{log_path(run_dir, 'metrics')} has no rows yet; there is nothing to send to W&B")
     if offline_to is None and not has_key(os.environ):
         raise UserError("W&B has no API key here; `wandb login` once (or set WANDB_API_KEY), then run this again")
+    if offline_to is None and not fresh and _is_running(run_dir):
+        raise UserError(f"{run_dir} is being trained now and sends its rows itself; wait until it ends, or use --fresh")
     if fresh:
         run_id = f"{run_id}-{secrets.token_hex(3)}"
+    for name in ("metrics", "samples"):
+        path = log_path(run_dir, name)
+        if damaged := damaged_lines(path):
+            yield f"{path}: left out {len(damaged)} damaged lines (the first is line {damaged[0]})"
     yield f"{run_dir}: {len(steps)} steps up to step {max(steps)}, W&B id {run_id}"
     with tempfile.TemporaryDirectory(prefix="toolkit-wandb-") as temporary:
         folder = Path(temporary) if offline_to is None else offline_to
@@ -96,23 +104,35 @@ def _send(helper: WandbProcess, steps: dict[int, list[dict[str, Any]]], *, statu
     yield "W&B has all of it"
 
 
+def _is_running(run_dir: Path) -> bool:
+    """Whether a process holds the run folder; False where that cannot be known."""
+    try:
+        with (run_dir / LOCK).open("rb") as lock:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    return False
+
+
 def _read_run(run_dir: Path) -> tuple[str, TrainConfig]:
-    path = run_dir / "run.json"
+    path = run_dir / RUN
     try:
         run_id = json.loads(path.read_bytes())["id"]
     except FileNotFoundError:
-        raise UserError(f"{run_dir} is not a run folder (it has no run.json); name one, such as runs/gpt2") from None
+        raise UserError(f"{run_dir} is not a run folder (it has no {RUN}); name one, such as runs/gpt2") from None
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise UserError(f"{path} cannot be read ({error}); starting the run again rebuilds it") from None
     if not isinstance(run_id, str):
         raise UserError(f"{path}: id={run_id!r} is not a text; starting the run again rebuilds it")
-    return run_id, load_recipe(run_dir / "recipe.json")
+    return run_id, load_recipe(run_dir / RECIPE)
 
 
 def _read_status(run_dir: Path) -> dict[str, Any]:
     """How the W&B run ends: as the run did; a run that is going on, or was cut off, counts as preempted."""
     try:
-        status = json.loads((run_dir / "status.json").read_bytes())["status"]
+        status = json.loads((run_dir / STATUS).read_bytes())["status"]
     except (OSError, ValueError, TypeError, KeyError):
         status = "preempted"
     return finish_message(status if status in ("finished", "failed") else "preempted")
