@@ -136,7 +136,7 @@ def test_plan_takes_a_recipe_a_device_and_flags(capsys: pytest.CaptureFixture[st
 def test_verify_resume_proves_it_for_a_recipe(tiny: TrainConfig, capsys: pytest.CaptureFixture[str]) -> None:
     recipe = str(ROOT / "recipes" / "train_demo.py")
     arguments = flags(change(tiny, model={"dropout": 0.1}), DEMO)
-    printed = call(capsys, "verify-resume", recipe, "--steps", "4", "--cut", "2", *arguments)
+    printed = call(capsys, "verify-resume", recipe, "--steps", "4", "--cut", "2", "--num-processes", "2", *arguments)
     assert "resumed run = uninterrupted run, bitwise" in printed
     assert "cut=9 must lie between" in refusal(
         capsys, "verify-resume", recipe, "--steps", "4", "--cut", "9", *arguments

@@ -81,9 +81,13 @@ def test_bits_per_byte_of_bytes_follows_from_the_loss(fit: Fit, tiny: TrainConfi
     assert row["bits_per_byte/val"] == pytest.approx(row["loss/val"] * 1024 / num_bytes / math.log(2), rel=1e-12)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize(
+    ("precision", "compiled", "cuts"),
+    [("fp32", "off", (1, 4, 7)), ("bf16", "off", (3,)), ("fp32", "on", (5,))],
+    ids=["fp32", "bf16", "compiled"],
+)
 def test_resume_at_any_step_repeats_the_uninterrupted_run_to_the_bit(
-    fit: Fit, tiny: TrainConfig, tmp_path: Path, precision: str
+    fit: Fit, tiny: TrainConfig, tmp_path: Path, precision: str, compiled: str, cuts: tuple[int, ...]
 ) -> None:
     # Few tokens in tiny shards: the 8 steps cross several shards and two ends of an epoch.
     few = tmp_path / "few"
@@ -97,10 +101,11 @@ def test_resume_at_any_step_repeats_the_uninterrupted_run_to_the_bit(
         progress=False,
     )
     config = change(tiny, data={"path": (str(few),)}, model={"dropout": 0.1}, training={"precision": precision})
+    config = change(config, training={"compile": compiled})
     config = change(config, training={"eval_every": None, "sample_every": None, "checkpoint_every": 1})
     whole = fit(config)
     assert rows(whole)[-2]["loss/train"] > 0
-    for cut in (1, 4, 7):
+    for cut in cuts:
         parts = change(config, run={"dir": str(tmp_path / f"parts-{cut}")})
         fit(change(parts, training={"max_steps": cut}))
         fit(parts)
