@@ -439,7 +439,7 @@ def test_kill_at_each_phase_of_a_start(run: Path, tmp_path: Path, fresh: bool) -
         }, point
 
 
-def test_a_full_disk(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk(run: Path) -> None:
     before = (run / "run.json").read_bytes()
     with (
         failpoints("files.before-replace=fail"),
@@ -448,6 +448,7 @@ def test_a_full_disk(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ):
         pass
     assert (run / "run.json").read_bytes() == before
+    assert not (run / ".run.json.tmp").exists()
     folder = RunFolder(run)
     folder.set_status("running", step=5)
     with failpoints("files.before-replace=fail"), pytest.raises(OSError, match="No space left"):
