@@ -73,7 +73,7 @@ class Journal:
                 "open_shards": open_shards,
             }
             return cls(**(values | typed))
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return None
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{path} is damaged ({error}); delete {out} and run again") from None

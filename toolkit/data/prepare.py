@@ -112,23 +112,30 @@ def prepare(
     with journals.locked(out):
         unfinished = Journal.load(out)
         settings = rest | {"source": source.description()}
-        if unfinished is None or (not unfinished.tokens and unfinished.settings != settings):  # nothing to lose yet
-            journal = journals.begin(out, settings, source)
-        else:
-            journals.refuse_changed_files(out, source)
-            journals.refuse_other_settings(out, unfinished.settings, settings, state="an unfinished")
-            journal = unfinished
-            share = journal.source_bytes / max(1, source.size)
-            report(f"continuing in {out}: {journal.tokens:,} tokens are done, {share:.0%} of the source")
         job = Job(tokenizer=tokenizer, tokenizer_sha256=vocabulary.sha256, val_below=round(val_fraction * 2**64))
-        run = _Run(out=out, source=source, tokenizer=vocabulary, job=job, journal=journal, shard_tokens=shard_tokens)
         workers = workers or min(default_workers(), 1 + source.size // BYTES_PER_WORKER)
         try:
+            journal = _continue_or_begin(out, unfinished, settings, source, report)
+            run = _Run(
+                out=out, source=source, tokenizer=vocabulary, job=job, journal=journal, shard_tokens=shard_tokens
+            )
             run.read_all(workers=workers, progress=progress, report=report)
             manifest = run.finish(val_fraction=val_fraction)
         except OSError as error:
             raise _storage_error(error, out) from None
     return PrepareResult(manifest=manifest, lines=_summary(out, manifest, source), already_done=False)
+
+
+def _continue_or_begin(
+    out: Path, unfinished: Journal | None, settings: dict[str, Any], source: Source, report: Report
+) -> Journal:
+    if unfinished is None or (not unfinished.tokens and unfinished.settings != settings):  # nothing to lose yet
+        return journals.begin(out, settings, source)
+    journals.refuse_changed_files(out, source)
+    journals.refuse_other_settings(out, unfinished.settings, settings, state="an unfinished")
+    share = unfinished.source_bytes / max(1, source.size)
+    report(f"continuing in {out}: {unfinished.tokens:,} tokens are done, {share:.0%} of the source")
+    return unfinished
 
 
 def _pinned_revision(names: Sequence[str], unfinished: Journal | None) -> str | None:
@@ -433,4 +440,6 @@ def _size(count: float) -> str:
 
 
 def _count(count: float) -> str:
-    return f"{count / 1e9:.2f} billion" if count >= 1e9 else f"{count / 1e6:.1f} million"
+    if count >= 1e6:
+        return f"{count / 1e9:.2f} billion" if count >= 1e9 else f"{count / 1e6:.1f} million"
+    return f"{count:,.0f}"

@@ -25,7 +25,7 @@ import sysconfig
 import time
 import zlib
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,6 +56,7 @@ Notice = Callable[[str], None]
 FORMATS: dict[str, Format] = {".txt": "text", ".jsonl": "jsonl", ".parquet": "parquet"}
 SUPPORTED = ".txt, .jsonl (both also .gz, .zst) and .parquet"
 STDLIB = "stdlib"
+INSTALLED_PACKAGES = ("site-packages", "dist-packages")  # folders beside the standard library that are not part of it
 HUB_PREFIX = "hub:"
 
 BLOCK_BYTES = 2**20  # text in one block: about a quarter of a million tokens, 0.1 s of one worker's work [bytes]
@@ -225,7 +226,7 @@ def _open_files(paths: Sequence[str], text_column: str) -> Source:
     )
 
 
-def _files_below(folder: Path) -> Iterator[Path]:
+def _files_below(folder: Path, *, without: Collection[str] = ()) -> Iterator[Path]:
     """Every file below a folder, through links to folders too but never twice; names that begin with a dot are hidden."""
     entered = set()
     for parent, folders, names in os.walk(folder, followlinks=True, onerror=_raise):
@@ -234,7 +235,7 @@ def _files_below(folder: Path) -> Iterator[Path]:
             folders.clear()
             continue
         entered.add(real)
-        folders[:] = [name for name in folders if not name.startswith(".")]
+        folders[:] = [name for name in folders if not name.startswith(".") and name not in without]
         yield from (Path(parent) / name for name in names if not name.startswith("."))
 
 
@@ -259,8 +260,7 @@ def _local_file(path: Path, name: str) -> SourceFile:
 def _open_stdlib(text_column: str) -> Source:
     """The .py files of the standard library, its tests included, without the packages installed beside it."""
     root = Path(sysconfig.get_path("stdlib"))
-    left_out = {"site-packages", "dist-packages", "__pycache__"}
-    paths = sorted(path for path in root.rglob("*.py") if not left_out & set(path.relative_to(root).parts))
+    paths = sorted(path for path in _files_below(root, without=INSTALLED_PACKAGES) if path.suffix == ".py")
     if not paths:
         raise UserError(
             f"the source files of Python's standard library are not in {root}; name a folder of text instead"
@@ -700,7 +700,7 @@ LONGEST_WAIT_SECONDS = 60.0
 FETCHES_AT_A_TIME = 4  # row groups asked for ahead of need
 MAX_FETCH_BYTES = 2**26  # a larger row group is read a little at a time instead [bytes]
 
-_DATASET_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_DATASET_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 _HUB_ADDRESS = re.compile(r"hf://datasets/[^@]+@([^/]+)/(.+)")
 _INSTEAD = (
     "check the connection (or HF_ENDPOINT), or download Parquet files elsewhere and run `toolkit prepare FOLDER`, or "

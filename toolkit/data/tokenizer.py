@@ -200,10 +200,16 @@ class Tokenizer:
 
     def token_bytes(self) -> npt.NDArray[np.int64]:
         """UTF-8 bytes that each id stands for; end-of-text stands for none. Shapes: (V,) int64."""
-        lengths = np.zeros(self.vocab_size, dtype=np.int64)
-        for token, rank in self.encoding._mergeable_ranks.items():
-            lengths[rank] = len(token)
-        return lengths
+        return _token_bytes(self.encoding)
+
+
+@functools.lru_cache(maxsize=4)
+def _token_bytes(encoding: tiktoken.Encoding) -> npt.NDArray[np.int64]:
+    lengths = np.zeros(encoding.n_vocab, dtype=np.int64)
+    for token, rank in encoding._mergeable_ranks.items():
+        lengths[rank] = len(token)
+    lengths.flags.writeable = False
+    return lengths
 
 
 def utf8(text: str) -> bytes:

@@ -29,6 +29,7 @@ from toolkit.data.sources import read_stretch
 from toolkit.data.split_writer import Part
 from toolkit.data.tokenizer import Tokenizer, load_tokenizer
 from toolkit.errors import UserError
+from toolkit.failpoint import failpoint
 
 Ids = npt.NDArray[Any]
 
@@ -237,6 +238,7 @@ def serve() -> None:
     tokenizer = None
     while (frame := _receive(source)) is not None:
         header, payload = frame
+        failpoint("workers.block")
         block = Block(form=header["form"], header=header["header"], payload=payload, end=Position(), source_bytes=0)
         try:
             tokenizer = tokenizer or _load(job)
