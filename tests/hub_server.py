@@ -25,7 +25,8 @@ class Hub:
     root: Path
     dataset: str = "someone/fineweb-edu"
     revision: str = REVISION
-    faults: list[int | str] = field(default_factory=list)
+    old_revisions: list[str] = field(default_factory=list)  # that can still be asked for
+    faults: list[int | str | None] = field(default_factory=list)  # None: this request is answered well
     always: int | None = None  # answer every request with this status
     requests: list[tuple[str, str, str | None]] = field(default_factory=list)  # method, path, Range
     lock: threading.Lock = field(default_factory=threading.Lock)
@@ -88,15 +89,16 @@ class _Handler(BaseHTTPRequestHandler):
         api, files = f"/api/datasets/{hub.dataset}", f"/datasets/{hub.dataset}/resolve/"
         if path == api or path.startswith(f"{api}/revision/"):
             revision = path.removeprefix(f"{api}/revision/") if path != api else "main"
-            if revision not in ("main", hub.revision):
+            if revision not in ("main", hub.revision, *hub.old_revisions):
                 return self._missing("RevisionNotFound")
-            return self._json(self._info())
+            return self._json(self._info() | {"sha": hub.revision if revision == "main" else revision})
         if path.startswith(f"{api}/tree/"):
             return self._json(self._tree(path.removeprefix(f"{api}/tree/").partition("/")[2]))
         if path.startswith(f"{api}/paths-info/"):
             return self._json([self._entry(name) for name in (form or {}).get("paths", []) if self._exists(name)])
         if path.startswith(files):
-            return self._file(path.removeprefix(files).partition("/")[2], body=body)
+            revision, _, name = path.removeprefix(files).partition("/")
+            return self._file(name, hub.revision if revision == "main" else revision, body=body)
         return self._missing("RepoNotFound")
 
     def _info(self) -> dict[str, Any]:
@@ -139,13 +141,13 @@ class _Handler(BaseHTTPRequestHandler):
         found = sorted(base.rglob("*") if recursive else base.iterdir()) if base.is_dir() else []
         return [self._entry(path.relative_to(self.owner.root).as_posix()) for path in found]
 
-    def _file(self, name: str, *, body: bool) -> None:
+    def _file(self, name: str, revision: str, *, body: bool) -> None:
         path = self.owner.root / name
         if not path.is_file():
             return self._missing("EntryNotFound")
         data = path.read_bytes()
         headers = {
-            "X-Repo-Commit": self.owner.revision,
+            "X-Repo-Commit": revision,
             "ETag": f'"{hashlib.sha256(data).hexdigest()}"',
             "Accept-Ranges": "bytes",
             "X-Linked-Size": str(len(data)),
