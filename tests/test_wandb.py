@@ -115,6 +115,17 @@ def until(condition: Any, seconds: float = 20.0) -> None:
         time.sleep(0.05)
 
 
+@contextmanager
+def stopped(pid: int | None) -> Iterator[None]:
+    """The process makes no progress within the block."""
+    assert pid is not None
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        os.kill(pid, signal.SIGCONT)
+
+
 def has_ended(pid: int) -> bool:
     try:
         return "\nState:\tZ" in Path(f"/proc/{pid}/status").read_text()
@@ -224,13 +235,12 @@ def test_offline_through_a_kill_then_wandb_sync(
         assert training.stdout is not None
         helper = int(training.stdout.readline())
         until(lambda: list(folder.glob("wandb/*/*.wandb")))
-        os.kill(helper, signal.SIGSTOP)  # it takes its time ...
-        training.kill()
-    again = mirror("offline")  # from the checkpoint at step 20
-    again.start(recipe, "id123", folder=folder)
-    log_steps(again, 21, 50)
-    time.sleep(3)  # longer than wandb takes to start
-    os.kill(helper, signal.SIGCONT)  # ... to finish the run, and the next one waits for it
+        with stopped(helper):  # it takes its time to finish the run, and the next one waits for it
+            training.kill()
+            again = mirror("offline")  # from the checkpoint at step 20
+            again.start(recipe, "id123", folder=folder)
+            log_steps(again, 21, 50)
+            time.sleep(3)  # longer than wandb takes to start
     again.finish("finished")
 
     first, second = offline_runs(folder)
@@ -369,11 +379,9 @@ def troubles(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Tro
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         runs["takes nothing"] = begin("takes nothing", "offline")
 
-        os.kill(runs["takes nothing"].mirror.pid or 0, signal.SIGSTOP)
-        patch.setattr("toolkit.training.wandb_mirror.MAX_WAITING_BYTES", 100_000)
-        runs["takes nothing"].log(1, 3000)
-        patch.undo()
-        os.kill(runs["takes nothing"].mirror.pid or 0, signal.SIGCONT)
+        with stopped(runs["takes nothing"].mirror.pid), pytest.MonkeyPatch.context() as smaller:
+            smaller.setattr("toolkit.training.wandb_mirror.MAX_WAITING_BYTES", 100_000)
+            runs["takes nothing"].log(1, 3000)
         runs["disk full"].log(1, 200)
         for name in ("start hangs", "unreachable", "no folder"):
             runs[name].log(1, 20)
