@@ -242,6 +242,13 @@ class WindowReader:
         }
 
 
+def _locate_block(order: SampleOrder, block: int) -> list[list[int]]:
+    """[set, shard, window, group] of each sample of a block."""
+    found = order.locate(np.arange(block * BLOCK_SAMPLES, (block + 1) * BLOCK_SAMPLES))
+    rows: list[list[int]] = np.stack([found.set_index, found.shard, found.window, found.group], axis=1).tolist()
+    return rows
+
+
 class TrainingWindows(Dataset[Batch]):
     """Global sample -> window: the map-style dataset behind the training loader."""
 
@@ -249,7 +256,7 @@ class TrainingWindows(Dataset[Batch]):
         self._data = data
         self._order = order
         self._reader = WindowReader(data.sets[0].manifest, sequence_length=sequence_length)
-        self._block = functools.lru_cache(2)(self._locate_block)  # a batch may lie across two
+        self._block = functools.lru_cache(2)(functools.partial(_locate_block, order))  # a batch may lie across two
         self._groups = [(-1, -1)] * len(data.sets)  # first and last group that was asked for, per set
 
     def __getitem__(self, sample: int) -> Batch:
@@ -262,12 +269,6 @@ class TrainingWindows(Dataset[Batch]):
         return self._reader.read(
             [(self._data.sets[index].shards["train"][shard], window) for index, shard, window, _ in located]
         )
-
-    def _locate_block(self, block: int) -> list[list[int]]:
-        """[set, shard, window, group] of each sample of a block."""
-        found = self._order.locate(np.arange(block * BLOCK_SAMPLES, (block + 1) * BLOCK_SAMPLES))
-        rows: list[list[int]] = np.stack([found.set_index, found.shard, found.window, found.group], axis=1).tolist()
-        return rows
 
     def _fetch_ahead(self, located: Sequence[Sequence[int]]) -> None:
         """Tells remote sets which shards this batch needs and which come next, whenever a set enters another group."""
