@@ -408,7 +408,10 @@ def test_a_small_validation_split_is_evaluated_in_shorter_windows(
     assert len(batches) == 1
     assert batches[0]["input_ids"].tolist() == [list(range(100, 109))]
     assert batches[0]["targets"].tolist() == [list(range(101, 110))]
-    assert "the longest validation shard has 10 tokens, less than a window of 16 + 1; evaluating windows of 9" in caplog.text
+    assert (
+        "the longest validation shard has 10 tokens, less than a window of 16 + 1; evaluating windows of 9"
+        in caplog.text
+    )
 
 
 def test_a_100_billion_token_set_opens_and_seeks_at_once(tmp_path: Path) -> None:
