@@ -104,6 +104,10 @@ def test_audit_proves_or_names_the_step(
     run: Path, data_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert "once per epoch" in call(capsys, "audit", str(run))
+    recorded = json.loads((run / "run.json").read_text())
+    recorded["starts"].append({"time": "later", "resumed_from": 2, "last_logged_step": 4})
+    (run / "run.json").write_text(json.dumps(recorded))
+    assert "start 2 (later) did steps 3 to 4 again after a crash" in call(capsys, "audit", str(run))
     (run / ".rows.crc32").unlink()  # whoever falsifies a ledger removes its checksums too
     ledger = run / "ledger.jsonl"
     original = ledger.read_text()

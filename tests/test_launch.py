@@ -126,6 +126,7 @@ def test_a_killed_run_continues_as_if_nothing_had_happened(tiny: TrainConfig, tm
     for name in ("model.safetensors", "optimizer.safetensors"):
         assert (tmp_path / "cut" / last / name).read_bytes() == (tmp_path / "whole" / last / name).read_bytes()
     starts = json.loads((tmp_path / "cut" / "run.json").read_text())["starts"]
+    assert starts[1]["last_logged_step"] == 5  # of which the steps after the checkpoint are done again
     resumed_from = [start["resumed_from"] for start in starts]
     assert resumed_from[0] is None
     assert resumed_from[1] in (2, 4)  # the save of step 4 was in flight in the background

@@ -273,7 +273,7 @@ def plan(
     recipe: Positional[Path | None] = None,
     /,
     *,
-    device: str | None = None,
+    device: str = "this",
     memory_gib: float | None = None,
     tflops: float | None = None,
     num_processes: int = 1,
@@ -283,9 +283,8 @@ def plan(
 
     Args:
         recipe: a recipe file (recipes/train_124m.py) or a run folder; none given: GPT-2 124M on 10 billion tokens.
-        device: rtx3060, 3090, a100, ... (an unknown name lists all), or this: the machine at hand, which is also meant by
-            None unless memory and rate are given.
-        memory_gib: memory of one device; wins over what the device is known for [GiB].
+        device: rtx3060, 3090, a100, ... (an unknown name lists all), or this: the machine at hand.
+        memory_gib: memory of one device; with --tflops it describes a card that has no name here [GiB].
         tflops: peak rate of one device in the run's precision [TFLOP/s].
         num_processes: devices that train together [count].
         json: prints one JSON object instead of a table.

@@ -19,7 +19,6 @@ from toolkit.errors import UserError
 from toolkit.model.gpt2 import GPT2
 from toolkit.model.loss import IGNORED_TARGET
 
-
 BATCHES_BETWEEN_QUESTIONS = 16  # batches of a process between two looks at whether to go on
 
 
@@ -65,7 +64,7 @@ def evaluate(
     assert num_processes == 1 or reduce is not None, "several processes need a way to add their sums"
     device = model.wte.weight.device
     sums_device = torch.device("cpu") if device.type == "mps" else device  # MPS has no float64
-    bytes_of = torch.from_numpy(np.asarray(token_bytes, dtype=np.int64)).to(sums_device)
+    bytes_of = torch.from_numpy(np.array(token_bytes, dtype=np.int64)).to(sums_device)
     sums = torch.zeros(3, len(batches), dtype=torch.float64, device=sums_device)  # nats, targets, bytes
     was_training = model.training
     model.eval()

@@ -42,7 +42,13 @@ class RunRecords:
         self._ended: Literal["finished", "preempted"] | None = None
         try:
             before = self.folder.status() or {}
-            opened = self.folder.open(config, data_fingerprint=data_fingerprint, layout=layout, argv=sys.argv)
+            opened = self.folder.open(
+                config,
+                data_fingerprint=data_fingerprint,
+                layout=layout,
+                argv=sys.argv,
+                last_logged_step=self.log.last_step(),
+            )
             for line in opened.lines:
                 logger.info(line)
             newest = opened.resolved.path

@@ -114,10 +114,17 @@ class RunFolder:
         return str(self.run["id"])
 
     def open(
-        self, config: TrainConfig, *, data_fingerprint: str, layout: Mapping[str, Any], argv: Sequence[str] = ()
+        self,
+        config: TrainConfig,
+        *,
+        data_fingerprint: str,
+        layout: Mapping[str, Any],
+        argv: Sequence[str] = (),
+        last_logged_step: int = 0,
     ) -> Opened:
         """Cleans up after a start that died, finds the newest checkpoint, and records this start.
 
+        `last_logged_step` is how far the logs say that the run has come: steps beyond the checkpoint are done again.
         Raises: UserError if all checkpoints are damaged, or the settings differ in what may not change.
         """
         try:
@@ -134,7 +141,7 @@ class RunFolder:
                 manifest = read_manifest(resolved.path)
                 resumed_from = manifest["step"]
                 self._lines += _layout_changes(manifest["layout"], layout)
-            self._record(recipe, changed, resumed_from, data_fingerprint, layout, argv)
+            self._record(recipe, changed, resumed_from, data_fingerprint, layout, argv, last_logged_step)
         except OSError as error:
             raise UserError(f"the run folder {self.path} cannot be used: {describe_os_error(error)}") from None
         lines, self._lines = self._lines, []
@@ -277,6 +284,7 @@ class RunFolder:
         data_fingerprint: str,
         layout: Mapping[str, Any],
         argv: Sequence[str],
+        last_logged_step: int,
     ) -> None:
         """Adds this start to run.json, then writes recipe.json; both stay in memory for the checkpoints' copies."""
         recipe_bytes = render_json(to_dict(recipe))
@@ -286,6 +294,7 @@ class RunFolder:
             "host": socket.gethostname(),
             "pid": os.getpid(),
             "resumed_from": resumed_from,
+            "last_logged_step": last_logged_step,
             "changed": dict(changed),
             "data_fingerprint": data_fingerprint,
             "layout": dict(layout),

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate.accelerator import Accelerator
 from accelerate.utils import (
     DataLoaderConfiguration,
     DistributedDataParallelKwargs,
@@ -27,7 +27,7 @@ from accelerate.utils import (
 from torch import Tensor, nn
 
 from toolkit.config import Precision, TrainConfig, grad_accum_steps
-from toolkit.data.loader import Data, open_data, training_loader, validation_loader, window_counts
+from toolkit.data.loader import Data, open_data, sample_order, training_loader, validation_loader, window_counts
 from toolkit.data.tokenizer import Tokenizer, load_tokenizer
 from toolkit.errors import UserError
 from toolkit.evaluation.generate import generate
@@ -130,6 +130,12 @@ class Trainer:
         self.spikes = SpikeDetector(z_score=config.training.spike_z_score)
 
         self.data = self._open_data()
+        self.order = sample_order(
+            self.data,
+            sequence_length=config.data.sequence_length,
+            seed=config.training.seed,
+            shuffle_group_shards=config.data.shuffle_group_shards,
+        )
         self.tokenizer = self._load_tokenizer()
         self.compiled, line = should_compile(config.training.compile, self.device)
         if line:
@@ -367,6 +373,7 @@ class Trainer:
             self.progress.show(
                 step=self.step, loss=result.loss, tokens_per_second=tokens_per_second, step_seconds=result.seconds
             )
+        self._report_epochs(result)
         if not result.updated:
             self._say(f"step {self.step}: loss {result.loss}, gradient norm {result.grad_norm}: update skipped")
         limit = self.config.training.max_skipped_in_a_row
@@ -771,6 +778,17 @@ class Trainer:
         self._say(f"{begin} to step {config.training.max_steps:,}, which is {epochs:.2f} epochs of the training data")
 
     # ------------------------------------------------------------------------------------------------ small necessities
+
+    def _report_epochs(self, result: StepResult) -> None:
+        """Says when a data set begins another epoch."""
+        if not self.is_main:
+            return
+        before, now = self.order.epoch_of(result.first_sample), self.order.epoch_of(result.end_sample)
+        for data_set, old, new in zip(self.data.sets, before, now, strict=True):
+            if new > old:
+                self._say(
+                    f"step {self.step}: {data_set.path} has been read {new} time{'s' * (new > 1)} and is repeated"
+                )
 
     def _append(self, metrics: Mapping[str, Any]) -> None:
         """A row of metrics with its step and tokens, into metrics.jsonl (the truth) and W&B (the mirror)."""
