@@ -72,7 +72,8 @@ def test_draws_follow_the_filtered_distribution(settings: dict[str, object], exp
 
 
 def test_ties_are_broken_by_the_lower_id() -> None:
-    assert frequencies([1.0, 2.0, 2.0, 2.0], draws=50, top_k=1) == [0, 1, 0, 0]
+    drawn = frequencies([1.0] + [2.0] * 999, draws=20, top_k=3)  # many: short lists are sorted by a stable algorithm
+    assert sum(drawn[1:4]) == 1
 
 
 def test_broken_weights_are_an_error_not_a_text() -> None:

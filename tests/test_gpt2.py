@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from toolkit.model.gpt2 import (
     num_parameters,
     pad,
 )
+from toolkit.model.loss import cross_entropy
 
 TINY = GPT2Config(n_layer=2, n_head=2, n_embd=32, context_length=24, vocab_size=257)  # padded to 320 rows
 
@@ -203,6 +205,14 @@ def test_bf16_autocast_stays_close_to_fp32(chunk: int) -> None:
     assert worst_difference(ours, plain) < 0.02
 
 
+def test_the_softmax_of_bf16_logits_is_computed_in_fp32() -> None:
+    hidden, weight = torch.randn(40, 16).bfloat16(), torch.randn(64, 16).bfloat16()
+    targets = ids(1, 40, vocab_size=60)[0]
+    losses = cross_entropy(hidden, weight, targets, vocab_size=60, chunk_tokens=16)
+    plain = F.cross_entropy((hidden @ weight.t())[:, :60].float(), targets, reduction="none")
+    assert torch.allclose(losses, plain, atol=1e-5)
+
+
 def test_fp16_gradients_under_a_grad_scaler_neither_vanish_nor_overflow() -> None:
     _, plain = plain_gradients()
     model = GPT2(TINY, seed=5, loss_chunk_tokens=16)
@@ -228,6 +238,21 @@ def test_compiled_whole_model_has_the_plain_loss_and_gradients() -> None:
     assert worst_difference(compiled, plain) < 1e-6
     assert not compiled["wte.weight"][257:].any()
     assert list(canonical_tensors(model)) == list(canonical_shapes(config))  # no _orig_mod in the names
+
+
+def test_gradients_are_the_plain_ones_under_ddp_with_no_sync(tmp_path: Path) -> None:
+    _, plain = plain_gradients()
+    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        model = GPT2(TINY, seed=5, loss_chunk_tokens=16)
+        wrapped = torch.nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
+        with wrapped.no_sync():
+            (wrapped(ids(), some_targets()) / 2).backward()
+        (wrapped(ids(), some_targets()) / 2).backward()
+        assert worst_difference(gradients(model), plain) < 1e-6
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def test_dropout_is_drawn_in_training_only_and_checkpointing_repeats_it() -> None:
