@@ -123,11 +123,13 @@ def draw(
         raise UserError("the model's output is not finite; its weights are broken: use an earlier checkpoint")
     if temperature == 0:
         return int(logits.argmax())
-    sorted_logits, order = torch.sort(logits.double() / temperature, descending=True, stable=True)
-    if top_k is not None:
-        sorted_logits = sorted_logits[:top_k]
-    probabilities = torch.softmax(sorted_logits, dim=0)
+    candidates = torch.arange(len(logits))
+    if top_k is not None and top_k < len(logits):  # sorting a few instead of all; with ties they may be more than k
+        candidates = (logits >= logits.topk(top_k).values[-1]).nonzero().squeeze(1)
+    order = torch.sort(logits[candidates], descending=True, stable=True).indices[:top_k]
+    candidates = candidates[order]  # from the likeliest on
+    probabilities = torch.softmax(logits[candidates].double() / temperature, dim=0)
     if top_p is not None:
         before = probabilities.cumsum(0) - probabilities  # probability of all likelier tokens
         probabilities = torch.where(before < top_p, probabilities, 0.0)
-    return int(order[torch.multinomial(probabilities, 1, generator=generator)])
+    return int(candidates[torch.multinomial(probabilities, 1, generator=generator)])
