@@ -78,8 +78,10 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, cache: KVCache | None = None) -> Tensor:
         """Shapes: (B, T, C) -> (B, T, C); with a cache, the T positions follow those that it holds."""
         batch, length, width = x.shape
-        heads = self.c_attn(x).view(batch, length, 3, self.n_head, width // self.n_head)
-        query, key, value = heads.permute(2, 0, 3, 1, 4).unbind(0)  # each (B, H, T, D)
+        query, key, value = (
+            part.view(batch, length, self.n_head, -1).transpose(1, 2)  # (B, H, T, D)
+            for part in self.c_attn(x).split(width, dim=2)
+        )
         mask, is_causal = None, True
         if cache is not None:
             key, value = cache.extend(self.layer, key.to(cache.keys[0].dtype), value.to(cache.keys[0].dtype))
