@@ -1,5 +1,6 @@
 """What surrounds the process: variables set by launchers, the precision that follows, devices, versions, compilers."""
 
+import ctypes
 import importlib.util
 import os
 import platform
@@ -131,7 +132,9 @@ def should_compile(asked: Literal["auto", "on", "off"], device: torch.device) ->
 
 
 def configure_torch(device: torch.device, *, deterministic: bool) -> None:
-    """Settings of torch that hold for the whole process."""
+    """Settings of torch, and of the allocator below it, that hold for the whole process; before the model is made."""
+    if device.type == "cpu" and sys.platform == "linux":
+        _keep_freed_memory()
     if device.type == "cuda":
         # fp32 products on tensor cores, with 10 bits of mantissa: what "fp32" training means on Ampere and later.
         torch.backends.cuda.matmul.allow_tf32 = True
@@ -139,6 +142,19 @@ def configure_torch(device: torch.device, *, deterministic: bool) -> None:
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts; deterministic needs it
         torch.use_deterministic_algorithms(True)
+
+
+def _keep_freed_memory() -> None:
+    """Lets glibc keep large blocks that are freed instead of giving them back to the kernel and faulting them in anew.
+
+    Why: activations of some megabytes come and go in every step. On 2 AVX2 cores, half of the time of an eager step that
+    is not matrix products went into page faults; a whole fp32 step took 12 % less CPU time with this. Costs 10 to 20 %
+    more resident memory. Source: mallopt(3), M_TRIM_THRESHOLD and M_MMAP_MAX.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # other C libraries have none
+    if mallopt is not None:
+        mallopt(-1, -1)  # M_TRIM_THRESHOLD: never
+        mallopt(-4, 0)  # M_MMAP_MAX: no block of its own for a large allocation
 
 
 def peak_memory_gib(device: torch.device) -> float:
