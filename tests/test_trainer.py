@@ -415,3 +415,24 @@ def test_a_signal_during_an_evaluation_is_made_up_for(
     assert json.loads((Path(cut.run.dir) / "status.json").read_text())["step"] == 4
     fit(cut)
     assert rows(Path(cut.run.dir)) == rows(whole)
+
+
+def test_a_mixture_is_trained_in_its_shares_and_evaluated_set_by_set(
+    fit: Fit, tiny: TrainConfig, data_dir: Path, tmp_path: Path
+) -> None:
+    second = tmp_path / "second"
+    text = write_corpus(tmp_path / "text", seed=5)
+    prepare([str(text)], out=second, tokenizer="bytes", workers=1, shard_tokens=8192, val_fraction=0.2, progress=False)
+    mixed = change(tiny, data={"path": (f"{data_dir}=0.75", f"{second}=0.25")})
+    run = fit(mixed)
+    row = [row for row in rows(run) if "loss/val" in row][-1]
+    first, other = row[f"loss/val/{data_dir.name}"], row["loss/val/second"]
+    assert row["loss/val"] == pytest.approx(0.75 * first + 0.25 * other, rel=1e-12)
+    assert first != other
+    parts = change(mixed, run={"dir": str(tmp_path / "parts")})
+    fit(change(parts, training={"max_steps": 3}))
+    fit(parts)
+    assert rows(Path(parts.run.dir), "ledger") == rows(run, "ledger")
+    assert_equal_bits(state_of(Path(parts.run.dir), 8), state_of(run, 8))
+    with pytest.raises(UserError, match="was trained on data with fingerprint"):
+        fit(change(mixed, data={"path": (f"{data_dir}=0.5", f"{second}=0.5")}))

@@ -57,6 +57,8 @@ class RunRecords:
             )
             self.resumed = newest is not None
             self.start = newest or self._other_run()
+            if self.start is not None:
+                self._refuse_other_data(self.start, data_fingerprint)
             step = checkpoint.step_of(newest.name) if newest is not None else None
             self.finished_at = step if before.get("status") == "finished" else None
         except BaseException:
@@ -67,6 +69,14 @@ class RunRecords:
         """The checkpoint of another run that a new run starts from, if one was asked for."""
         other = self.config.run.resume_from
         return None if other is None else checkpoint.find_checkpoint(Path(other))
+
+    def _refuse_other_data(self, start: Path, data_fingerprint: str) -> None:
+        trained_on = checkpoint.read_manifest(start)["data_fingerprint"]
+        if trained_on != data_fingerprint:
+            raise UserError(
+                f"{start} was trained on data with fingerprint {trained_on[:12]}, but {', '.join(self.config.data.path)} "
+                f"has {data_fingerprint[:12]}; point --data.path at the same sets, with the same weights"
+            )
 
     def begin(self, step: int) -> None:
         """Brings the logs back to the step that the run starts from, and starts the W&B mirror."""

@@ -675,7 +675,6 @@ class Trainer:
         with self.processes.together():
             if self.is_main:
                 loaded = checkpoint.load(path)
-                self._check_loaded(loaded, path)
         state = self.processes.share(loaded.state if loaded else None)
         weights = self.processes.share_tensors(loaded.model if loaded else None)
         moments = self.processes.share_tensors(loaded.optimizer if loaded else None)
@@ -690,13 +689,6 @@ class Trainer:
         self.spikes = SpikeDetector(z_score=self.config.training.spike_z_score, history=state["loss_history"])
         if self.accelerator.scaler is not None and state["scaler"]:
             self.accelerator.scaler.load_state_dict(state["scaler"])
-
-    def _check_loaded(self, loaded: checkpoint.Loaded, path: Path) -> None:
-        if loaded.manifest["data_fingerprint"] != self.data.fingerprint:
-            raise UserError(
-                f"{path} was trained on data with fingerprint {loaded.manifest['data_fingerprint'][:12]}, but "
-                f"{', '.join(self.config.data.path)} has {self.data.fingerprint[:12]}; point --data.path at the same set"
-            )
 
     def _start_loader(self) -> None:
         """Batches from the position on: Accelerate hands process r of N the micro-batches r, r + N, ..."""
