@@ -124,7 +124,7 @@ def test_a_folder_named_stdlib_is_meant_by_its_path(tmp_path: Path, monkeypatch:
 
 
 def test_the_standard_library_by_its_coding_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for folder in ("pkg", "site-packages", "__pycache__"):
+    for folder in ("pkg", "site-packages", "dist-packages"):
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "m.py").write_text(f"# {folder}\n")
     (tmp_path / "latin.py").write_bytes(b"# coding: latin-1\n# \xe9\r\n")

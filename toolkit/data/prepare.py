@@ -49,9 +49,9 @@ from toolkit.data.manifest import (
 )
 from toolkit.data.shards import shard_file_name
 from toolkit.data.sources import HUB_PREFIX, Source, open_source
-from toolkit.data.split_writer import SplitWriter, read_ids
+from toolkit.data.split_writer import Part, SplitWriter, read_ids
 from toolkit.data.tokenizer import Tokenizer, load_tokenizer
-from toolkit.data.workers import Job, default_workers, tokenize_block, tokenize_blocks
+from toolkit.data.workers import Job, Result, default_workers, tokenize_blocks
 from toolkit.errors import UserError, describe_os_error
 from toolkit.failpoint import failpoint
 
@@ -61,7 +61,8 @@ MADE_BY = "toolkit prepare"
 DOCUMENT_HASH, LAST_TOKENS = "document hash", "last tokens"  # how the validation split was chosen
 JOURNAL_EVERY_SECONDS = 5.0  # most work that a kill can undo, but for one block [seconds]
 BYTES_PER_WORKER = 4_000_000  # of the source, below which one more worker costs more time than it saves [bytes]
-BYTES_PER_TOKEN = 3.0  # where it cannot be measured: a low guess, so that the disk is not underestimated [bytes]
+
+PARTS_MEASURED = 8  # of the first block, for the estimate of the disk needed [parts]
 
 Report = Callable[[str], None]
 
@@ -217,7 +218,6 @@ class _Run:
         if journal.read_all:
             return
         blocks = self.source.blocks(journal.position, find_cut=self.tokenizer.exact_cut, notice=report)
-        blocks = self._check_disk(blocks, report)
         writers = {split: self._writer(split) for split in SPLITS}
         done_before, started = journal.tokens, time.monotonic()
         saved_at = started
@@ -229,8 +229,10 @@ class _Run:
             desc="prepare",
             disable=None if progress else True,
         ) as bar:
-            for block, result in tokenize_blocks(blocks, tokenizer=self.tokenizer, job=self.job, workers=workers):
-                shard_done = [writers[split].append(part) for split, part in result.parts.items()]
+            results = tokenize_blocks(blocks, tokenizer=self.tokenizer, job=self.job, workers=workers)
+            for number, (block, result) in enumerate(results):
+                parts = self._check_disk(block, result, report) if number == 0 else result.parts
+                shard_done = [writers[part.split].append(part) for part in parts]
                 journal.counts.add(result.counts)
                 journal.position = block.end
                 bar.update(block.source_bytes - journal.source_bytes)
@@ -267,21 +269,17 @@ class _Run:
         for writer in writers.values():
             writer.forget_previous()
 
-    def _check_disk(self, blocks: Iterator[Block], report: Report) -> Iterator[Block]:
-        """The same blocks, after an estimate from the first one of the disk that the rest will take.
+    def _check_disk(self, first: Block, result: Result, report: Report) -> Iterator[Part]:
+        """The parts of the first block, after an estimate from them of the disk that everything will take.
 
         Raises: UserError if the disk has clearly less.
         """
-        first = next(blocks, None)
-        if first is None:
-            return blocks
-        size = first.source_bytes - self.journal.source_bytes
-        if first.form == "stretch" and not first.payload:
-            tokens = size / BYTES_PER_TOKEN
-        else:
-            result = tokenize_block(first, self.tokenizer, self.job.val_below)
-            tokens = sum(len(part.ids) for part in result.parts.values())
-        tokens *= (self.source.size - self.journal.source_bytes) / max(1, size)
+        parts = list(itertools.islice(result.parts, PARTS_MEASURED))
+        tokens: float = sum(len(part.ids) for part in parts)
+        # a stretch of a long text is all text, and may be far longer than what has been measured of it
+        whole = first.form == "stretch" or len(parts) == PARTS_MEASURED
+        read = sum(part.utf8_bytes for part in parts) if whole else first.source_bytes - self.journal.source_bytes
+        tokens *= (self.source.size - self.journal.source_bytes) / max(1, read)
         needed = tokens * token_dtype(self.tokenizer.vocab_size).itemsize
         free = shutil.disk_usage(self.out).free
         report(f"about {_count(tokens)} tokens to go, {_size(needed)} on disk; {_size(free)} are free in {self.out}")
@@ -290,7 +288,7 @@ class _Run:
                 f"{self.out} needs about {_size(needed)} but its disk has {_size(free)} free; free some space or use an "
                 "--out on a larger disk"
             )
-        return itertools.chain([first], blocks)
+        return itertools.chain(parts, result.parts)
 
     def finish(self, *, val_fraction: float) -> Manifest:
         """Makes sure that both splits hold something, writes the manifest and drops the journal."""

