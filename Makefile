@@ -10,6 +10,8 @@ CORES := $(shell $(PYTHON) -c "import os; print(len(os.sched_getaffinity(0)) if 
 LAUNCH = $(BIN)/accelerate launch --quiet --num_cpu_threads_per_process $(CORES)
 # Said in full, so that nothing is guessed: one process, wherever it runs best.
 LAUNCH_ONE = $(LAUNCH) --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no
+# Test processes: each takes one thread and up to 2 GB.
+TEST_JOBS := $(shell echo $$(( $(CORES) < 4 ? $(CORES) : 4 )))
 DEMO_DATA := data/stdlib-bytes
 DEMO_RUN := runs/demo
 
@@ -44,7 +46,7 @@ train: install ## the 124M run on FineWeb-Edu; continues where it stopped
 	$(LAUNCH) recipes/train_124m.py $(ARGS)
 
 test: install ## the test suite: no network but the package index, no GPU
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n $(TEST_JOBS) $(ARGS)
 
 lint: EXTRAS := dev
 lint: install

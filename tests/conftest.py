@@ -4,6 +4,7 @@ import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 # Threads change the order of sums, and two test processes share two cores.
@@ -27,6 +28,12 @@ from toolkit.config import (  # noqa: E402 - after the environment is set
     TrainingConfig,
     WandbConfig,
 )
+
+# Two test processes share two cores with whatever else runs there: no deadlines, and the same examples every time.
+hypothesis.settings.register_profile(
+    "repeatable", deadline=None, derandomize=True, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
+hypothesis.settings.load_profile("repeatable")
 
 
 @pytest.fixture(scope="session")

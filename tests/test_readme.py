@@ -1,0 +1,75 @@
+"""What the README says can be typed exists, and its pieces of Python run."""
+
+import re
+import subprocess
+import textwrap
+from pathlib import Path
+
+import pytest
+from accelerate.state import AcceleratorState
+
+from recipes.train_124m import CONFIG as RECIPE_124M
+from tests.support import ROOT, change, rows
+from toolkit.cli import _RECIPE_VERBS, _VERBS
+from toolkit.config import TrainConfig
+from toolkit.recipe import parse
+from toolkit.training.plan import plan
+
+README = (ROOT / "README.md").read_text()
+
+
+def test_it_is_short_enough_to_be_read() -> None:
+    assert len(README.splitlines()) <= 120
+
+
+def test_make_targets_exist() -> None:
+    named = set(re.findall(r"\bmake ([a-z-]+)", README))
+    assert {"demo", "install", "prepare-data", "train", "test", "check", "bench"} <= named
+    listed = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    offered = set(re.findall(r"^  make ([a-z-]+)", listed, re.MULTILINE))
+    assert named <= offered
+    assert subprocess.run(["make"], cwd=ROOT, capture_output=True, text=True, check=True).stdout == listed
+
+
+def test_verbs_flags_and_files_exist() -> None:
+    verbs = set(re.findall(r"^ +(?:\.venv/bin/)?toolkit ([a-z-]+)", README, re.MULTILINE))
+    assert verbs - {"tokenizer"} <= set(_VERBS) | set(_RECIPE_VERBS)
+    assert len(verbs) >= 8
+    for flag in set(re.findall(r"--([a-z]+\.[a-z-]+)", README)):
+        section, name = flag.replace("-", "_").split(".")
+        assert hasattr(getattr(TrainConfig(), section), name), flag
+    for path in set(re.findall(r"`((?:toolkit|recipes)/[\w/.]+\.(?:py|yaml))`", README)):
+        assert (ROOT / path).exists(), path
+    for name in re.findall(r"recipes/accelerate/\w+\.yaml", README):
+        assert (ROOT / name).exists(), name
+    assert parse(RECIPE_124M, ["--training.micro-batch-size", "4"]).training.micro_batch_size == 4
+
+
+def test_the_costs_are_those_that_plan_computes() -> None:
+    planned = plan(RECIPE_124M, "rtx3060")
+    assert f"{planned.memory.peak / 2**30:.1f} of 12 GiB at micro-batch {planned.micro_batch_size}" in README
+    days = {speed.mfu: speed.days for speed in planned.speeds}
+    assert f"{days[0.4]:.1f} days at 40 %" in README
+    assert f"{days[0.5]:.1f} at 50 %" in README
+    assert f"{planned.data_bytes / 2**30:.1f} GiB of shards" in README
+    assert f"{planned.checkpoint_bytes / 2**30:.1f} GiB per checkpoint" in README
+
+
+def snippets() -> list[str]:
+    """The indented pieces of Python under "Changing it"."""
+    section = README.split("## Changing it")[1].split("\n## ")[0]
+    blocks = re.findall(r"(?:^ {7}.*\n|^\n)+", section, re.MULTILINE)
+    return [textwrap.dedent(block) for block in blocks if "Trainer(" in block]
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_the_pieces_of_python_run(number: int, tiny: TrainConfig) -> None:
+    from toolkit.model.gpt2 import GPT2
+    from toolkit.training.trainer import Trainer
+
+    assert len(snippets()) == 2
+    AcceleratorState._reset_state(True)
+    config = change(tiny, training={"max_steps": 2, "checkpoint_every": None, "sample_every": None})
+    exec(compile(snippets()[number], "README.md", "exec"), {"GPT2": GPT2, "Trainer": Trainer, "CONFIG": config})
+    assert [row["step"] for row in rows(Path(config.run.dir)) if "loss/train" in row] == [1, 2]
+    assert (Path(config.run.dir) / "checkpoints" / "step-00000002" / "manifest.json").exists()
