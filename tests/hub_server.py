@@ -3,7 +3,7 @@
 Serves what `datasets` and `huggingface_hub` ask when they stream a dataset: the README, the revision, the tree, and
 ranged GETs of files. Every request is recorded. A fault is taken off the list by the first request for a data file's
 bytes: a status to answer with, `drop` (the connection is closed without an answer), `cut` (half of the body, then the
-connection is closed) or `short` (half of the body, and a Content-Length that says so).
+connection is closed), `short` or `empty` (half of the body or nothing, and a Content-Length that says so).
 """
 
 import hashlib
@@ -158,14 +158,14 @@ class _Handler(BaseHTTPRequestHandler):
             start, stop = int(first), min(int(last) + 1 if last else len(data), len(data))
             headers["Content-Range"] = f"bytes {start}-{stop - 1}/{len(data)}"
             data, status = data[start:stop], 206
-        fault = self._next_fault() if body and name.endswith(".parquet") else None
+        fault = self._next_fault() if body and name.endswith((".parquet", ".jsonl")) else None
         if isinstance(fault, int):
             return self._send(fault, b"busy", {"Retry-After": "0"} if fault == 429 else {})
         if fault == "drop":
             self.close_connection = True
             return self.connection.close()
-        if fault == "short":
-            data = data[: len(data) // 2]
+        if fault in ("short", "empty"):
+            data = data[: len(data) // 2] if fault == "short" else b""
         return self._send(status, data, headers, cut=fault == "cut")
 
     def _next_fault(self) -> int | str | None:

@@ -250,7 +250,7 @@ def test_workers_start_from_a_script_without_a_main_guard(corpus: Path, referenc
         "import sys; from toolkit.data.prepare import prepare\n"
         f"prepare([{str(corpus)!r}], out=sys.argv[1], workers=2, shard_tokens=1000, val_fraction=0.2)\n"
     )
-    (tmp_path / "json.py").write_text("raise ImportError('a file here must not get into the workers')")
+    (tmp_path / "xxhash.py").write_text("raise ImportError('a file here must not get into the workers')")
     command = [sys.executable, "-P", "-", str(tmp_path / "out")]
     done = subprocess.run(command, input=script, text=True, cwd=tmp_path, capture_output=True)
     assert done.returncode == 0, done.stderr
@@ -313,13 +313,18 @@ def test_killed_anywhere_and_run_again(
     out = tmp_path / "out"
     with child(lambda: prepare(corpus, out), failpoints=point) as (status, _):
         assert status in (KILLED, 0)  # 0: not passed that often
-    with child(lambda: prepare(corpus, out), failpoints="prepare.after-block=kill@3") as (status, _):
-        assert status in (KILLED, 0)
+    for again in ("prepare.after-block=kill@1", "prepare.before-journal=kill@1"):
+        with child(lambda: prepare(corpus, out), failpoints=again) as (status, _):
+            assert status in (KILLED, 0)
     prepare(corpus, out)
     assert set_bytes(out) == set_bytes(reference)
 
 
-def test_finished_work_is_not_done_again(corpus: Path, reference: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("every", [0.0, 3600.0])
+def test_finished_work_is_not_done_again(
+    every: float, corpus: Path, reference: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "JOURNAL_EVERY_SECONDS", every)  # 3600: a journal after finished shards only
     out = tmp_path / "out"
     heard: list[str] = []
     with child(lambda: prepare(corpus, out), failpoints="prepare.after-block=kill@20") as (status, _):

@@ -334,6 +334,7 @@ def test_reading_goes_on_from_the_end_of_any_block(
 def test_a_long_text_is_cut_where_it_does_not_show(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sources, "BLOCK_BYTES", 2000)
     monkeypatch.setattr(sources, "LONG_TEXT_BYTES", 5000)
+    monkeypatch.setattr(sources, "KEPT_STRETCH_BYTES", 9000)
     tokenizer = load_tokenizer("gpt2")
     text = "\ufeffIt's 'a' test; " + "don't stop. " * 800 + "字" * 9000 + "end of it " * 900 + "  "
     (tmp_path / "x.txt").write_bytes(text.encode())
@@ -341,6 +342,7 @@ def test_a_long_text_is_cut_where_it_does_not_show(tmp_path: Path, monkeypatch: 
     parts = ["".join(read_stretch(block.header, block.payload)) for block in blocks]
     assert "".join(parts) == text[1:]
     assert len(parts) > 8
+    assert {block.header["in_payload"] for block in blocks} == {True, False}  # the row of 字 is read by the worker
     assert [token for part in parts for token in tokenizer.encode(part)] == tokenizer.encode(text[1:])
     assert [block.header["first"] for block in blocks] == [True] + [False] * (len(blocks) - 1)
 
