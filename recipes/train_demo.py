@@ -19,21 +19,20 @@ from toolkit.recipe import run
 
 CONFIG = TrainConfig(
     run=RunConfig(dir="runs/demo"),
-    model=GPT2Config(
-        n_layer=4, n_head=4, n_embd=256, context_length=256, vocab_size=257
-    ),  # 3.3M; 256 bytes + end-of-text
-    data=DataConfig(path=("data/stdlib-bytes",), sequence_length=256),
+    # 2.2 million parameters; 256 bytes + end-of-text
+    model=GPT2Config(n_layer=4, n_head=4, n_embd=208, context_length=64, vocab_size=257),
+    data=DataConfig(path=("data/stdlib-bytes",), sequence_length=64),  # short windows of many files are learned sooner
     training=TrainingConfig(
         tokens_per_step=1024,  # small: on a CPU the number of updates decides
-        micro_batch_size=4,  # 4 * 256 = 1,024: no accumulation
-        max_steps=1500,
-        eval_every=250,
-        checkpoint_every=500,
-        sample_every=500,
+        micro_batch_size=16,  # 16 * 64 = 1,024: no accumulation
+        max_steps=1800,
+        eval_every=300,
+        checkpoint_every=600,
+        sample_every=600,
     ),
     optimizer=OptimizerConfig(learning_rate=2e-3, weight_decay=0.1, beta2=0.99),  # few tokens a step: a longer memory
-    schedule=ScheduleConfig(name="cosine", warmup_steps=50, decay_steps=1450, final_ratio=0.05),
-    evaluation=EvaluationConfig(max_tokens=65_536, micro_batch_size=16),
+    schedule=ScheduleConfig(name="cosine", warmup_steps=50, decay_steps=1750, final_ratio=0.05),
+    evaluation=EvaluationConfig(max_tokens=65_536, micro_batch_size=64),
     sampling=SamplingConfig(prompt="def ", num_samples=1, max_new_tokens=160, temperature=0.7, top_k=50),
 )
 
