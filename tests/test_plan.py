@@ -13,6 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from tests.support import change
 from toolkit.config import (
     CheckpointConfig,
     DataConfig,
@@ -150,7 +151,8 @@ def peak_of_a_step(config, precision):
 )
 def test_the_predicted_peak_is_never_below_what_a_step_allocates_and_at_most_a_tenth_above(config, precision):
     predicted = memory_estimate(config, precision, micro_batch_size=config.training.micro_batch_size).peak
-    assert 0.995 < predicted / peak_of_a_step(config, precision) < 1.10
+    ratio = predicted / peak_of_a_step(config, precision)
+    assert 0.995 < ratio < 1.10
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
@@ -179,7 +181,7 @@ def test_the_124m_recipe_on_12_gb():
     found = plan(RECIPE, "rtx3060")
     assert (found.micro_batch_size, found.grad_accum_steps, found.precision) == (16, 32, "bf16")
     assert found.num_parameters == 124_439_808
-    assert found.memory.peak / GIB == pytest.approx(8.26, abs=0.4)
+    assert found.memory.peak / GIB == pytest.approx(7.66, abs=0.4)
     assert memory_estimate(RECIPE, "bf16", micro_batch_size=32).peak > usable_bytes(12 * GIB)
 
 
@@ -211,7 +213,9 @@ def test_checkpointing_and_chunking_make_room():
 
     assert largest() == 4
     assert largest(activation_checkpointing="block") == 16
-    assert largest(loss_chunk_tokens=2**20) == 2
+    whole = change(RECIPE, training={"loss_chunk_tokens": 2**20})
+    peaks = [memory_estimate(config, "bf16", micro_batch_size=16).peak for config in (RECIPE, whole)]
+    assert peaks[1] - peaks[0] > GIB  # 16 x 1024 rows of 50,304 logits in bf16 are 1.5 GiB
 
 
 @pytest.mark.parametrize(
@@ -287,7 +291,8 @@ def test_a_device_as_described_and_this_machine():
     assert here.micro_batch_size == 4
     assert "this machine" in here.lines()[1]
     if not torch.cuda.is_available():  # processes on one machine share its memory
-        assert plan(config, "this", num_processes=2).memory_bytes == here.memory_bytes // 2
+        half = plan(config, "this", num_processes=2).memory_bytes
+        assert half == pytest.approx(here.memory_bytes / 2, rel=0.25)  # what is free now, which others change
 
 
 def test_lines_and_json_say_the_same():

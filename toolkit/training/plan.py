@@ -310,12 +310,12 @@ def _logits_chunk_bytes(config: TrainConfig, precision: Precision, *, tokens: in
     model, half = config.model, precision != "fp32"
     rows, chunk = padded_vocab_size(model), min(tokens, config.training.loss_chunk_tokens)
     logits, head = chunk * rows, rows * model.n_embd
-    softmax = (10 if half else 8) * logits  # logits (and their fp32 copy) and their logarithms
-    gradient = (6 if half else 4) * logits  # probabilities in fp32 (and the logits' gradient in 16 bits)
-    if tokens > chunk:  # a chunk's softmax stands beside the previous chunk's gradients
-        work = softmax + gradient + head * _product_bytes(precision)
-    else:  # the head's gradient, which is counted as saved, comes after the softmax
-        work = max(softmax - head * _product_bytes(precision), gradient)
+    product = _product_bytes(precision)
+    work = product * logits  # they become their own gradient in place; the softmax works on a few rows at a time
+    if (
+        tokens > chunk
+    ):  # beside the sum that is saved: the chunk's gradient of the head, and what it is added to in fp32
+        work += head * product + (2 * head if half else 0)
     weight_copy = 2 * head if half else 0
     return work + weight_copy + 4 * tokens * model.n_embd  # and the final hidden states in fp32
 
