@@ -25,13 +25,13 @@ CONFIG = TrainConfig(
     training=TrainingConfig(
         tokens_per_step=1024,  # small: on a CPU the number of updates decides
         micro_batch_size=16,  # 16 * 64 = 1,024: no accumulation
-        max_steps=1800,
-        eval_every=300,
-        checkpoint_every=600,
-        sample_every=600,
+        max_steps=1700,
+        eval_every=425,
+        checkpoint_every=850,
+        sample_every=850,
     ),
     optimizer=OptimizerConfig(learning_rate=2e-3, weight_decay=0.1, beta2=0.99),  # few tokens a step: a longer memory
-    schedule=ScheduleConfig(name="cosine", warmup_steps=50, decay_steps=1750, final_ratio=0.05),
+    schedule=ScheduleConfig(name="cosine", warmup_steps=50, decay_steps=1650, final_ratio=0.05),
     evaluation=EvaluationConfig(max_tokens=65_536, micro_batch_size=64),
     sampling=SamplingConfig(prompt="def ", num_samples=1, max_new_tokens=160, temperature=0.7, top_k=50),
 )
