@@ -13,8 +13,9 @@ from pyarrow import parquet
 
 from tests.hub_server import REVISION, Hub
 from tests.test_prepare import KILLED, child, set_bytes
+from toolkit.data import hub as hub_module
 from toolkit.data import prepare as module
-from toolkit.data import sources
+from toolkit.data import reading
 from toolkit.data.manifest import read_manifest
 from toolkit.data.prepare import PrepareResult, prepare
 from toolkit.errors import UserError
@@ -114,9 +115,16 @@ def test_a_set_from_the_hub_and_its_revision(hub: Hub, reference: Path, tmp_path
     assert len(hub.requests) == before  # a commit never changes: nothing to ask
 
 
+@pytest.mark.parametrize("largest_fetch", [hub_module.MAX_FETCH_BYTES, 1000])  # 1000: row groups read bit by bit
 def test_faults_are_retried_and_change_nothing(
-    hub: Hub, reference: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    largest_fetch: int,
+    hub: Hub,
+    reference: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(hub_module, "MAX_FETCH_BYTES", largest_fetch)
     hub.faults = [
         429,
         "drop",
@@ -145,8 +153,8 @@ def test_a_hub_that_stays_broken_is_one_line_and_the_next_run_continues(
     hub: Hub, reference: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "JOURNAL_EVERY_SECONDS", 0.0)
-    monkeypatch.setattr(sources, "MAX_RETRIES", 1)
-    monkeypatch.setattr(sources, "FETCHES_AT_A_TIME", 1)
+    monkeypatch.setattr(hub_module, "MAX_RETRIES", 1)
+    monkeypatch.setattr(hub_module, "FETCHES_AT_A_TIME", 1)
     hub.faults = [None] * 5 + [503] * 100
     with pytest.raises(UserError, match=r"000_00000\.parquet: the connection failed 2 times in a row \(HTTP 503\)"):
         run(tmp_path / "out")
@@ -180,7 +188,7 @@ def test_killed_and_run_again_reads_only_the_rest(
 
 
 def test_lines_on_the_hub(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sources, "BLOCK_BYTES", 1000)
+    monkeypatch.setattr(reading, "BLOCK_BYTES", 1000)
     hub.faults = ["empty", "short", "drop"]  # an empty answer is not the end of the file
     run(tmp_path / "out", "hub:someone/fineweb-edu:lines")
     prepare([str(hub.root / "lines")], out=tmp_path / "local", workers=1, shard_tokens=2000, val_fraction=0.1)

@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from pyarrow import parquet
 
 from toolkit import failpoint
-from toolkit.data import journal, sources
+from toolkit.data import journal, reading, sources
 from toolkit.data import prepare as module
 from toolkit.data.manifest import Manifest, Split, read_manifest
 from toolkit.data.prepare import PrepareResult
@@ -91,8 +91,8 @@ def corpus(texts: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Small enough that every source has many blocks, and a journal after each."""
-    monkeypatch.setattr(sources, "BLOCK_BYTES", 1500)
-    monkeypatch.setattr(sources, "LONG_TEXT_BYTES", 4000)
+    monkeypatch.setattr(reading, "BLOCK_BYTES", 1500)
+    monkeypatch.setattr(reading, "LONG_TEXT_BYTES", 4000)
     monkeypatch.setattr(module, "JOURNAL_EVERY_SECONDS", 0.0)
     monkeypatch.setattr(
         os, "fsync", lambda descriptor: None
@@ -541,6 +541,11 @@ def test_settings_may_change_while_there_is_nothing_to_lose(tmp_path: Path) -> N
     with pytest.raises(UserError, match=r"has no column 'text', only 'body'"):
         prepare(tmp_path / "x.jsonl", tmp_path / "out")
     assert prepare(tmp_path / "x.jsonl", tmp_path / "out", text_column="body").manifest
+    (tmp_path / "y.jsonl").write_text('{"text": "some text"}\n{"text": 12345678}\n')
+    with pytest.raises(UserError, match=r"y\.jsonl line 2: the field 'text' is int"):
+        prepare(tmp_path / "y.jsonl", tmp_path / "other")
+    (tmp_path / "y.jsonl").write_text('{"text": "some text"}\n{"text": "123456"}\n')  # put right, of the same size
+    assert prepare(tmp_path / "y.jsonl", tmp_path / "other").manifest
 
 
 @pytest.mark.parametrize(

@@ -15,9 +15,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet
 
-from toolkit.data import sources
+from toolkit.data import reading
 from toolkit.data.documents import Block, Counts, Position, documents
-from toolkit.data.sources import Source, open_source, read_stretch
+from toolkit.data.reading import read_stretch
+from toolkit.data.sources import Source, open_source
 from toolkit.data.tokenizer import load_tokenizer
 from toolkit.errors import UserError
 
@@ -204,8 +205,8 @@ def test_text_that_is_not_utf8_names_the_byte(long: bool, tmp_path: Path, monkey
     path = tmp_path / "x.txt"
     path.write_bytes(b"fine words " * 1000 + "caf\xe9 au lait".encode("latin-1") + b" more" * 1000)
     if long:
-        monkeypatch.setattr(sources, "LONG_TEXT_BYTES", 1000)
-        monkeypatch.setattr(sources, "BLOCK_BYTES", 500)
+        monkeypatch.setattr(reading, "LONG_TEXT_BYTES", 1000)
+        monkeypatch.setattr(reading, "BLOCK_BYTES", 500)
     with pytest.raises(UserError, match=r"x\.txt is not UTF-8: byte 0xe9 at offset 11003 \(invalid"):
         read(open_source([str(path)]))
     path.write_bytes("x".encode("utf-16"))
@@ -264,7 +265,7 @@ def test_damaged_files_are_refused(name: str, damage: str, tmp_path: Path) -> No
 
 
 def test_a_file_that_changes_while_it_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sources, "BLOCK_BYTES", 100)
+    monkeypatch.setattr(reading, "BLOCK_BYTES", 100)
     path = write_lines(tmp_path / "x.jsonl", ["word"] * 100)
     blocks = open_source([str(path)]).blocks(Position(), find_cut=FIND_CUT)
     next(blocks)
@@ -315,9 +316,9 @@ def test_reading_goes_on_from_the_end_of_any_block(
         }[ending]
         (folder / f"x.{ending}").write_bytes(compress(data))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sources, "BLOCK_BYTES", 700)
-        patch.setattr(sources, "LONG_TEXT_BYTES", 1000)
-        patch.setattr(sources, "KEPT_STRETCH_BYTES", 900)
+        patch.setattr(reading, "BLOCK_BYTES", 700)
+        patch.setattr(reading, "LONG_TEXT_BYTES", 1000)
+        patch.setattr(reading, "KEPT_STRETCH_BYTES", 900)
         source = open_source([str(folder)])
         found, _ = read(source)
         expected = [text.removeprefix("\ufeff") if ending.startswith("txt") else text for text in clean]
@@ -332,9 +333,9 @@ def test_reading_goes_on_from_the_end_of_any_block(
 
 
 def test_a_long_text_is_cut_where_it_does_not_show(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sources, "BLOCK_BYTES", 2000)
-    monkeypatch.setattr(sources, "LONG_TEXT_BYTES", 5000)
-    monkeypatch.setattr(sources, "KEPT_STRETCH_BYTES", 9000)
+    monkeypatch.setattr(reading, "BLOCK_BYTES", 2000)
+    monkeypatch.setattr(reading, "LONG_TEXT_BYTES", 5000)
+    monkeypatch.setattr(reading, "KEPT_STRETCH_BYTES", 9000)
     tokenizer = load_tokenizer("gpt2")
     text = "\ufeffIt's 'a' test; " + "don't stop. " * 800 + "字" * 9000 + "end of it " * 900 + "  "
     (tmp_path / "x.txt").write_bytes(text.encode())
@@ -354,8 +355,8 @@ def test_a_long_text_is_cut_where_it_does_not_show(tmp_path: Path, monkeypatch: 
 def test_large_documents_are_announced_before_they_are_read(
     ending: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sources, "BLOCK_BYTES", 2**16)
-    monkeypatch.setattr(sources, "LARGE_DOCUMENT_BYTES", 2**20)
+    monkeypatch.setattr(reading, "BLOCK_BYTES", 2**16)
+    monkeypatch.setattr(reading, "LARGE_DOCUMENT_BYTES", 2**20)
     texts = ["small", os.urandom(2**20).hex()]
     path = tmp_path / f"x.{ending}"
     if ending == "parquet":

@@ -6,6 +6,8 @@ Parquet file and as one JSONL file. Measured in turn, several rounds in one run:
   a common start to the last one's end;
 - prepare: from the files to finished, hashed shards with W workers, starting the processes included.
 
+Beside the rates by the clock, which suffer from whatever else runs on the machine, the processor time of each.
+
     python tests/benchmarks/prepare_speed.py [--folder DIR] [--workers 2] [--megabytes 200] [--rounds 3]
 """
 
@@ -69,12 +71,13 @@ def encode(texts: list[str], ready: Any, go: Any, results: Any) -> None:
     encoding.encode_ordinary("warm up")
     ready.release()
     go.wait()
+    before = time.process_time()
     tokens = sum(len(encoding.encode_to_numpy(text, disallowed_special=())) for text in texts)
-    results.put((time.monotonic(), tokens))
+    results.put((time.monotonic(), time.process_time() - before, tokens))
 
 
-def tiktoken_alone(texts: list[str], workers: int) -> tuple[float, int]:
-    """Seconds and tokens of W processes that only encode."""
+def tiktoken_alone(texts: list[str], workers: int) -> tuple[float, float, int]:
+    """Seconds, processor seconds and tokens of W processes that only encode."""
     context = multiprocessing.get_context("fork")
     ready, go, results = context.Semaphore(0), context.Event(), context.Queue()
     shares = [texts[index::workers] for index in range(workers)]
@@ -88,17 +91,27 @@ def tiktoken_alone(texts: list[str], workers: int) -> tuple[float, int]:
     done = [results.get() for _ in processes]
     for process in processes:
         process.join()
-    return max(when for when, _ in done) - start, sum(tokens for _, tokens in done)
+    return (
+        max(when for when, _, _ in done) - start,
+        sum(used for _, used, _ in done),
+        sum(tokens for *_, tokens in done),
+    )
 
 
-def prepared(path: Path, out: Path, workers: int) -> tuple[float, int]:
-    """Seconds and tokens (without end-of-texts) of `prepare`."""
-    start = time.monotonic()
+def processor_seconds() -> float:
+    """Of this process and of the children that it has waited for."""
+    usages = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(usage.ru_utime + usage.ru_stime for usage in usages)
+
+
+def prepared(path: Path, out: Path, workers: int) -> tuple[float, float, int]:
+    """Seconds, processor seconds and tokens (without end-of-texts) of `prepare`."""
+    start, used = time.monotonic(), processor_seconds()
     manifest = prepare([str(path)], out=out, workers=workers, progress=False).manifest
-    seconds = time.monotonic() - start
+    seconds, used = time.monotonic() - start, processor_seconds() - used
     shutil.rmtree(out)
     totals = [manifest.totals(split) for split in ("train", "val")]
-    return seconds, sum(total["tokens"] - total["documents"] for total in totals)
+    return seconds, used, sum(total["tokens"] - total["documents"] for total in totals)
 
 
 def main() -> None:
@@ -117,21 +130,27 @@ def main() -> None:
             f"{len(texts):,} documents, {size / 1e6:.0f} MB of text, {arguments.workers} workers, {os.cpu_count()} cores"
         )
         rates: dict[str, list[float]] = {"tiktoken": [], "corpus.parquet": [], "corpus.jsonl": []}
+        efforts: dict[str, list[float]] = {name: [] for name in rates}  # processor seconds for a million tokens
         for _ in range(arguments.rounds):
-            seconds, tokens = tiktoken_alone(texts, arguments.workers)
+            seconds, used, tokens = tiktoken_alone(texts, arguments.workers)
             rates["tiktoken"].append(tokens / seconds)
+            efforts["tiktoken"].append(used / tokens * 1e6)
             for name in ("corpus.parquet", "corpus.jsonl"):
-                seconds, same = prepared(folder / name, folder / "out", arguments.workers)
+                seconds, used, same = prepared(folder / name, folder / "out", arguments.workers)
                 assert same == tokens, (same, tokens)
                 rates[name].append(same / seconds)
+                efforts[name].append(used / tokens * 1e6)
             print("  ".join(f"{name} {values[-1] / 1e6:.2f}" for name, values in rates.items()), "million tokens/s")
     finally:
         shutil.rmtree(folder)
-    alone = statistics.median(rates["tiktoken"])
+    alone, alone_effort = statistics.median(rates["tiktoken"]), statistics.median(efforts["tiktoken"])
     for name, values in rates.items():
-        rate = statistics.median(values)
-        verdict = "" if name == "tiktoken" else f", {rate / alone:.2f} of tiktoken (target {TARGET})"
-        print(f"{name:<16} {rate / 1e6:6.2f} million tokens/s{verdict}")
+        rate, effort = statistics.median(values), statistics.median(efforts[name])
+        verdict = f", {rate / alone:.2f} of tiktoken (target {TARGET}), by processor time {alone_effort / effort:.2f}"
+        print(
+            f"{name:<16} {rate / 1e6:6.2f} million tokens/s, {effort:.3f} processor seconds a million"
+            + ("" if name == "tiktoken" else verdict)
+        )
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024
     print(f"largest child process {peak:.0f} MiB (tiktoken's processes hold the documents)")
 

@@ -61,7 +61,6 @@ MADE_BY = "toolkit prepare"
 DOCUMENT_HASH, LAST_TOKENS = "document hash", "last tokens"  # how the validation split was chosen
 JOURNAL_EVERY_SECONDS = 5.0  # most work that a kill can undo, but for one block [seconds]
 BYTES_PER_WORKER = 4_000_000  # of the source, below which one more worker costs more time than it saves [bytes]
-
 PARTS_MEASURED = 8  # of the first block, for the estimate of the disk needed [parts]
 
 Report = Callable[[str], None]
@@ -111,6 +110,8 @@ def prepare(
     source = open_source(names, text_column=text_column, revision=_pinned_revision(names, Journal.load(out)))
     journals.make_folder(out)
     with journals.locked(out):
+        if (out / MANIFEST_FILE).exists():  # finished by another process meanwhile
+            return _already_done(out, names, text_column=text_column, rest=rest)
         unfinished = Journal.load(out)
         settings = rest | {"source": source.description()}
         job = Job(tokenizer=tokenizer, tokenizer_sha256=vocabulary.sha256, val_below=round(val_fraction * 2**64))
@@ -130,7 +131,8 @@ def prepare(
 def _continue_or_begin(
     out: Path, unfinished: Journal | None, settings: dict[str, Any], source: Source, report: Report
 ) -> Journal:
-    if unfinished is None or (not unfinished.tokens and unfinished.settings != settings):  # nothing to lose yet
+    nothing_to_lose = unfinished is not None and not unfinished.tokens and not any(out.glob("*.bin"))
+    if unfinished is None or nothing_to_lose:
         return journals.begin(out, settings, source)
     journals.refuse_changed_files(out, source)
     journals.refuse_other_settings(out, unfinished.settings, settings, state="an unfinished")

@@ -26,7 +26,7 @@ import xxhash
 
 from toolkit.data.documents import Block, Counts, Position, documents
 from toolkit.data.manifest import SPLITS, Split, token_dtype
-from toolkit.data.sources import read_stretch
+from toolkit.data.reading import read_stretch
 from toolkit.data.split_writer import Part
 from toolkit.data.tokenizer import Tokenizer, load_tokenizer
 from toolkit.errors import UserError
