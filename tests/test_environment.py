@@ -3,11 +3,12 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
-from tests.support import environment
+from tests.support import ROOT, environment
 from toolkit.errors import UserError, describe_os_error
 from toolkit.failpoint import VARIABLE, failpoint, is_set
 from toolkit.training import environment as surroundings
@@ -166,3 +167,19 @@ def test_a_full_disk_is_described_with_its_path_and_a_way_out() -> None:
     text = describe_os_error(error)
     assert text.startswith("runs/a/metrics.jsonl: No space left on device")
     assert "free some space" in text
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "recipes" / "accelerate").glob("*.yaml")), ids=lambda path: path.stem)
+def test_launcher_configurations_are_ones_that_accelerate_reads(path: Path) -> None:
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    config = load_config_from_file(str(path))
+    expected = {
+        "cpu": ("NO", "no", 1),
+        "one_gpu_bf16": ("NO", "bf16", 1),
+        "one_gpu_fp16": ("NO", "fp16", 1),
+        "multi_gpu": ("MULTI_GPU", "bf16", 8),
+        "two_machines": ("MULTI_GPU", "bf16", 16),
+    }[path.stem]
+    assert (str(config.distributed_type.value), str(config.mixed_precision), config.num_processes) == expected
+    assert config.use_cpu is (path.stem == "cpu")

@@ -436,3 +436,45 @@ def test_a_mixture_is_trained_in_its_shares_and_evaluated_set_by_set(
     assert_equal_bits(state_of(Path(parts.run.dir), 8), state_of(run, 8))
     with pytest.raises(UserError, match="was trained on data with fingerprint"):
         fit(change(mixed, data={"path": (f"{data_dir}=0.5", f"{second}=0.5")}))
+
+
+def test_nothing_is_pickled_on_the_way_to_the_disk_and_back(
+    fit: Fit, tiny: TrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import pickle
+
+    def refuse(*arguments: object, **options: object) -> None:
+        raise AssertionError("a pickle was read or written")
+
+    for module, name in ((torch, "load"), (torch, "save"), (pickle, "load"), (pickle, "dump")):
+        monkeypatch.setattr(module, name, refuse)
+    fit(change(tiny, training={"max_steps": 4}))
+    run = fit(tiny)
+    assert rows(run)[-1]["step"] == 8
+
+
+def test_secrets_reach_no_file_of_a_run(
+    fit: Fit, tiny: TrainConfig, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    canaries = {
+        "HF_TOKEN": "hf_canaryCANARYcanaryCANARY01",
+        "WANDB_API_KEY": "c" * 40,
+        "MY_PASSWORD": "canary-in-the-mine",
+    }
+    for name, value in canaries.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("sys.argv", ["train.py", "--wandb.name", canaries["HF_TOKEN"]])
+    run = fit(
+        change(
+            tiny,
+            training={"max_steps": 2},
+            sampling={"prompt": canaries["MY_PASSWORD"]},
+            wandb={"mode": "offline", "name": canaries["HF_TOKEN"], "tags": (canaries["MY_PASSWORD"],)},
+        )
+    )
+    files = [path for path in run.rglob("*") if path.is_file()]
+    assert any(path.suffix == ".wandb" for path in files)
+    for path in files:
+        content = path.read_bytes()
+        for name, value in canaries.items():
+            assert value.encode() not in content, f"{name} is in {path}"
