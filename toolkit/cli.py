@@ -18,7 +18,7 @@ from tyro.conf import Positional
 
 from toolkit.config import TrainConfig, load_recipe
 from toolkit.errors import UserError, one_line_errors
-from toolkit.recipe import parse
+from toolkit.recipe import parse, share_cores
 
 if TYPE_CHECKING:
     from toolkit.data.tokenizer import Tokenizer
@@ -408,6 +408,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = list(sys.argv[1:] if arguments is None else arguments)
     with one_line_errors():
         _log_to_stderr()
+        share_cores()
         if given[:1] == ["tokenizer"]:
             tyro.extras.subcommand_cli_from_dict(
                 {"train": tokenizer_train},
