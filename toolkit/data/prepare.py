@@ -49,9 +49,10 @@ from toolkit.data.manifest import (
 )
 from toolkit.data.shards import shard_file_name
 from toolkit.data.sources import HUB_PREFIX, Source, open_source
-from toolkit.data.split_writer import Part, SplitWriter, read_ids
+from toolkit.data.split_writer import SplitWriter, read_ids
 from toolkit.data.tokenizer import Tokenizer, load_tokenizer
-from toolkit.data.workers import Job, Result, default_workers, tokenize_blocks
+from toolkit.data.tokenizing import Job, Part, Result
+from toolkit.data.workers import default_workers, tokenize_blocks
 from toolkit.errors import UserError, describe_os_error
 from toolkit.failpoint import failpoint
 

@@ -6,7 +6,6 @@ interrupted.
 
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
@@ -17,21 +16,12 @@ from toolkit.data.journal import OpenShard
 from toolkit.data.manifest import ShardInfo, Split, token_dtype
 from toolkit.data.shards import HEADER_BYTES, ShardWriter, shard_bytes, shard_file_name
 from toolkit.data.tokenizer import Tokenizer
+from toolkit.data.tokenizing import Part
 from toolkit.errors import UserError
 
 Ids = npt.NDArray[Any]
 
 COPY_TOKENS = 2**22  # ids held at one time when part of a shard is copied
-
-
-@dataclass(kw_only=True, slots=True)
-class Part:
-    """Ids of one split in a row, the documents that start in them and the UTF-8 bytes that they stand for."""
-
-    split: Split
-    ids: Ids
-    documents: int
-    utf8_bytes: int
 
 
 class SplitWriter:
