@@ -52,7 +52,7 @@ from toolkit.data.sources import HUB_PREFIX, Source, open_source
 from toolkit.data.split_writer import SplitWriter, read_ids
 from toolkit.data.tokenizer import Tokenizer, load_tokenizer
 from toolkit.data.tokenizing import Job, Part, Result
-from toolkit.data.workers import default_workers, tokenize_blocks
+from toolkit.data.workers import Pool, default_workers, started, tokenize_blocks
 from toolkit.errors import UserError, describe_os_error
 from toolkit.failpoint import failpoint
 
@@ -118,11 +118,12 @@ def prepare(
         job = Job(tokenizer=tokenizer, tokenizer_sha256=vocabulary.sha256, val_below=round(val_fraction * 2**64))
         workers = workers or min(default_workers(), 1 + source.size // BYTES_PER_WORKER)
         try:
-            journal = _continue_or_begin(out, unfinished, settings, source, report)
-            run = _Run(
-                out=out, source=source, tokenizer=vocabulary, job=job, journal=journal, shard_tokens=shard_tokens
-            )
-            run.read_all(workers=workers, progress=progress, report=report)
+            with started(job, workers) as pool:
+                journal = _continue_or_begin(out, unfinished, settings, source, report)
+                run = _Run(
+                    out=out, source=source, tokenizer=vocabulary, job=job, journal=journal, shard_tokens=shard_tokens
+                )
+                run.read_all(pool=pool, progress=progress, report=report)
             manifest = run.finish(val_fraction=val_fraction)
         except OSError as error:
             raise _storage_error(error, out) from None
@@ -215,7 +216,7 @@ class _Run:
     journal: Journal
     shard_tokens: int
 
-    def read_all(self, *, workers: int, progress: bool, report: Report) -> None:
+    def read_all(self, *, pool: Pool | None, progress: bool, report: Report) -> None:
         """Tokenizes what is left of the source into shards."""
         journal = self.journal
         if journal.read_all:
@@ -232,7 +233,7 @@ class _Run:
             desc="prepare",
             disable=None if progress else True,
         ) as bar:
-            results = tokenize_blocks(blocks, tokenizer=self.tokenizer, job=self.job, workers=workers)
+            results = tokenize_blocks(blocks, tokenizer=self.tokenizer, job=self.job, pool=pool)
             for number, (block, result) in enumerate(results):
                 parts = self._check_disk(block, result, report) if number == 0 else result.parts
                 shard_done = [writers[part.split].append(part) for part in parts]

@@ -19,7 +19,7 @@ from toolkit.data.documents import Block, Counts, Position, documents
 from toolkit.data.manifest import SPLITS, Split, token_dtype
 from toolkit.data.reading import read_stretch
 from toolkit.data.tokenizer import Tokenizer, load_tokenizer
-from toolkit.errors import UserError
+from toolkit.errors import UserError, describe_os_error
 from toolkit.failpoint import failpoint
 
 Ids = npt.NDArray[Any]
@@ -140,27 +140,33 @@ def serve() -> None:
     if first is None:
         return
     job = Job(**first[0])
-    tokenizer = None
+    tokenizer: Tokenizer | UserError = _load(job)  # while the parent still looks for the first block
     while (frame := receive(source)) is not None:
         header, payload = frame
         failpoint("workers.block")
         block = Block(form=header["form"], header=header["header"], payload=payload, end=Position(), source_bytes=0)
         try:
-            tokenizer = tokenizer or _load(job)
+            if isinstance(tokenizer, UserError):
+                raise tokenizer
             result = tokenize_block(block, tokenizer, job.val_below)
             for part in result.parts:
                 send(output, _part_header(part), part.ids.tobytes())
             send(output, {"parts_end": result.counts.to_dict()})
-        except UserError as error:
-            send(output, {"error": str(error)})
         except BrokenPipeError:
             return
+        except UserError as error:
+            send(output, {"error": str(error)})
+        except OSError as error:
+            send(output, {"error": describe_os_error(error)})
 
 
-def _load(job: Job) -> Tokenizer:
-    tokenizer = load_tokenizer(job.tokenizer)
+def _load(job: Job) -> Tokenizer | UserError:
+    try:
+        tokenizer = load_tokenizer(job.tokenizer)
+    except UserError as error:
+        return error
     if tokenizer.sha256 != job.tokenizer_sha256:
-        raise UserError(f"tokenizer {job.tokenizer} changed while it was used; run again when it is complete")
+        return UserError(f"tokenizer {job.tokenizer} changed while it was used; run again when it is complete")
     return tokenizer
 
 

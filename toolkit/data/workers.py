@@ -16,7 +16,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 
@@ -32,50 +32,58 @@ BLOCKS_PER_WORKER = 8  # handed out at one time: enough to go on with while the 
 _Answer = Part | Counts | Exception
 
 
+@contextlib.contextmanager
+def started(job: Job, workers: int) -> Iterator["Pool | None"]:
+    """Worker processes, starting up while the caller prepares their work; none for a single worker."""
+    pool = Pool(job, workers) if workers > 1 else None
+    try:
+        yield pool
+    finally:
+        if pool is not None:
+            pool.close()
+
+
 def tokenize_blocks(
-    blocks: Iterable[Block], *, tokenizer: Tokenizer, job: Job, workers: int
+    blocks: Iterable[Block], *, tokenizer: Tokenizer, job: Job, pool: "Pool | None"
 ) -> Iterator[tuple[Block, Result]]:
     """Each block with its result, in order, whatever the number of workers; a result is to be taken before the next.
 
     Raises: UserError from a block that cannot be read, when its turn comes, or if a worker process dies.
     """
-    if workers == 1:
+    if pool is None:
         for block in blocks:
             yield block, tokenize_block(block, tokenizer, job.val_below)
         return
-    pool = _Pool(job, workers)
     waiting: deque[tuple[Block, int, Result]] = deque()
     in_flight = 0
-    try:
-        for block in blocks:
-            size = len(block.payload)
-            while waiting and (len(waiting) >= BLOCKS_PER_WORKER * workers or in_flight + size > MAX_BYTES_IN_FLIGHT):
-                done, done_size, result = waiting.popleft()
-                in_flight -= done_size
-                yield done, result
-            waiting.append((_without_payload(block), size, pool.submit(block)))
-            in_flight += size
-        while waiting:
-            done, _, result = waiting.popleft()
+    for block in blocks:
+        size = len(block.payload)
+        while waiting and (len(waiting) >= BLOCKS_PER_WORKER * pool.size or in_flight + size > MAX_BYTES_IN_FLIGHT):
+            done, done_size, result = waiting.popleft()
+            in_flight -= done_size
             yield done, result
-    finally:
-        pool.close()
+        waiting.append((_without_payload(block), size, pool.submit(block)))
+        in_flight += size
+    while waiting:
+        done, _, result = waiting.popleft()
+        yield done, result
 
 
 def _without_payload(block: Block) -> Block:
     return Block(form=block.form, header=block.header, payload=b"", end=block.end, source_bytes=block.source_bytes)
 
 
-class _Pool:
-    """Worker processes, and one thread for each that talks to it."""
+class Pool:
+    """Worker processes, and two threads for each: while one waits for an answer the other hands over the next block."""
 
     def __init__(self, job: Job, workers: int) -> None:
+        self.size = workers
         self._closed = threading.Event()
         self._idle: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
         self._workers = [_Worker(job) for _ in range(workers)]
-        for worker in self._workers:
+        for worker in 2 * self._workers:
             self._idle.put(worker)
-        self._threads = ThreadPoolExecutor(workers, thread_name_prefix="prepare")
+        self._threads = ThreadPoolExecutor(2 * workers, thread_name_prefix="prepare")
 
     def submit(self, block: Block) -> Result:
         """The result of a block, which a worker begins as soon as one is free."""
@@ -104,6 +112,7 @@ class _Pool:
             return
 
     def close(self) -> None:
+        """Ends the processes, whatever they are doing."""
         self._closed.set()
         for worker in self._workers:
             worker.stop()
@@ -136,11 +145,27 @@ class _Worker:
             env=environment,
             bufsize=0,
         )
-        self._job: Job | None = job  # until it has been told
+        self._sending = threading.Lock()
+        self._answering = threading.Condition()
+        self._asked = self._answered = 0
+        self._send(asdict(job))
 
     def tokenize(self, block: Block) -> Iterator["Part | Counts"]:
-        """The parts of a block, then its counts."""
-        frame = self._ask(block)
+        """The parts of a block, then its counts; answers come in the order in which threads asked."""
+        with self._sending:
+            turn, self._asked = self._asked, self._asked + 1
+            self._send({"form": block.form, "header": block.header}, block.payload)
+        with self._answering:
+            self._answering.wait_for(lambda: self._answered == turn)
+        try:
+            yield from self._answers()
+        finally:
+            with self._answering:
+                self._answered += 1
+                self._answering.notify_all()
+
+    def _answers(self) -> Iterator["Part | Counts"]:
+        frame = self._frame()
         while "parts_end" not in frame[0]:
             header, payload = frame
             if "error" in header:
@@ -149,16 +174,14 @@ class _Worker:
             frame = self._frame()
         yield Counts(**frame[0]["parts_end"])
 
-    def _ask(self, block: Block) -> tuple[dict[str, Any], bytearray]:
+    def _send(self, header: dict[str, Any], payload: bytes | bytearray = b"") -> None:
+        assert self._process.stdin is not None
         with contextlib.suppress(BrokenPipeError):  # then there is no answer either
-            if self._job is not None:
-                send(self._input, asdict(self._job))
-                self._job = None
-            send(self._input, {"form": block.form, "header": block.header}, block.payload)
-        return self._frame()
+            send(self._process.stdin, header, payload)
 
     def _frame(self) -> tuple[dict[str, Any], bytearray]:
-        frame = receive(self._output)
+        assert self._process.stdout is not None
+        frame = receive(self._process.stdout)
         if frame is None:
             status = self._process.wait()
             raise UserError(
@@ -166,16 +189,6 @@ class _Worker:
                 "to continue, with fewer --workers if memory was short"
             )
         return frame
-
-    @property
-    def _input(self) -> IO[bytes]:
-        assert self._process.stdin is not None
-        return self._process.stdin
-
-    @property
-    def _output(self) -> IO[bytes]:
-        assert self._process.stdout is not None
-        return self._process.stdout
 
     def stop(self) -> None:
         self._process.kill()  # it owns no file: there is nothing to lose
