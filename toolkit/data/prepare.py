@@ -98,41 +98,35 @@ def prepare(
     """
     _check_settings(shard_tokens=shard_tokens, val_fraction=val_fraction, workers=workers)
     report = report or _reporter(progress)
-    out = Path(out)
-    vocabulary = load_tokenizer(tokenizer)
-    rest = {
-        "tokenizer": asdict(_tokenizer_info(vocabulary)),
-        "shard_tokens": shard_tokens,
-        "val_fraction": val_fraction,
-    }
-    names = [str(path) for path in paths]
+    out, names = Path(out), [str(path) for path in paths]
+    settings: dict[str, Any] = {"shard_tokens": shard_tokens, "val_fraction": val_fraction}
     if (out / MANIFEST_FILE).exists():
-        return _already_done(out, names, text_column=text_column, rest=rest)
+        return _already_done(out, names, tokenizer=tokenizer, text_column=text_column, settings=settings)
     source = open_source(names, text_column=text_column, revision=_pinned_revision(names, Journal.load(out)))
-    journals.make_folder(out)
-    with journals.locked(out):
-        if (out / MANIFEST_FILE).exists():  # finished by another process meanwhile
-            return _already_done(out, names, text_column=text_column, rest=rest)
-        unfinished = Journal.load(out)
-        settings = rest | {"source": source.description()}
+    with started(workers or min(default_workers(), 1 + source.size // BYTES_PER_WORKER)) as pool:
+        vocabulary = load_tokenizer(tokenizer)
         job = Job(tokenizer=tokenizer, tokenizer_sha256=vocabulary.sha256, val_below=round(val_fraction * 2**64))
-        workers = workers or min(default_workers(), 1 + source.size // BYTES_PER_WORKER)
-        try:
-            with started(job, workers) as pool:
-                journal = _continue_or_begin(out, unfinished, settings, source, report)
+        if pool is not None:
+            pool.begin(job)
+        journals.make_folder(out)
+        with journals.locked(out):
+            if (out / MANIFEST_FILE).exists():  # finished by another process meanwhile
+                return _already_done(out, names, tokenizer=tokenizer, text_column=text_column, settings=settings)
+            settings |= {"tokenizer": asdict(_tokenizer_info(vocabulary)), "source": source.description()}
+            try:
+                journal = _continue_or_begin(out, settings, source, report)
                 run = _Run(
                     out=out, source=source, tokenizer=vocabulary, job=job, journal=journal, shard_tokens=shard_tokens
                 )
                 run.read_all(pool=pool, progress=progress, report=report)
-            manifest = run.finish(val_fraction=val_fraction)
-        except OSError as error:
-            raise _storage_error(error, out) from None
+                manifest = run.finish(val_fraction=val_fraction)
+            except OSError as error:
+                raise _storage_error(error, out) from None
     return PrepareResult(manifest=manifest, lines=_summary(out, manifest, source), already_done=False)
 
 
-def _continue_or_begin(
-    out: Path, unfinished: Journal | None, settings: dict[str, Any], source: Source, report: Report
-) -> Journal:
+def _continue_or_begin(out: Path, settings: dict[str, Any], source: Source, report: Report) -> Journal:
+    unfinished = Journal.load(out)
     nothing_to_lose = unfinished is not None and not unfinished.tokens and not any(out.glob("*.bin"))
     if unfinished is None or nothing_to_lose:
         return journals.begin(out, settings, source)
@@ -174,7 +168,9 @@ def _tokenizer_info(tokenizer: Tokenizer) -> TokenizerInfo:
     )
 
 
-def _already_done(out: Path, names: Sequence[str], *, text_column: str, rest: dict[str, Any]) -> PrepareResult:
+def _already_done(
+    out: Path, names: Sequence[str], *, tokenizer: str, text_column: str, settings: dict[str, Any]
+) -> PrepareResult:
     """The finished set in `out`, if it is what these settings would make; a commit on the Hub is not asked for again."""
     manifest = read_manifest(out)
     recorded = _recorded_settings(out, manifest)
@@ -184,7 +180,8 @@ def _already_done(out: Path, names: Sequence[str], *, text_column: str, rest: di
         source = open_source(names, text_column=text_column)
         description = source.description()
         journals.refuse_changed_files(out, source)
-    journals.refuse_other_settings(out, recorded, rest | {"source": description}, state="a finished")
+    settings = settings | {"tokenizer": asdict(_tokenizer_info(load_tokenizer(tokenizer))), "source": description}
+    journals.refuse_other_settings(out, recorded, settings, state="a finished")
     lines = [f"{out} is finished already and its source is unchanged: nothing to do", *_summary(out, manifest)]
     return PrepareResult(manifest=manifest, lines=lines, already_done=True)
 

@@ -332,10 +332,9 @@ def _build(
 
 def _vocabulary_sha256(ranks: Mapping[bytes, int], *, eot_id: int, pattern: str) -> str:
     """sha256 over the pattern, the end-of-text id and every token with its rank, whatever file they came from."""
-    digest = hashlib.sha256(f"{pattern}\n{END_OF_TEXT} {eot_id}\n".encode())
-    for token, rank in sorted(ranks.items(), key=lambda item: item[1]):
-        digest.update(f"{token.hex()} {rank}\n".encode())
-    return digest.hexdigest()
+    ordered = sorted((rank, token) for token, rank in ranks.items())
+    lines = [f"{pattern}\n{END_OF_TEXT} {eot_id}\n", *[f"{token.hex()} {rank}\n" for rank, token in ordered]]
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
 @functools.cache
@@ -366,8 +365,9 @@ def _written(token: bytes) -> str:
 
 def _gpt2_tokens() -> list[bytes]:
     """GPT-2's tokens in the order of their ids: 256 bytes, then one for each merge."""
-    tokens = [bytes([value]) for value in _byte_characters().values()]
-    return tokens + [_token_of(left + right) for left, right in _gpt2_merges()]
+    single = [bytes([value]) for value in _byte_characters().values()]
+    _, *merges = _gpt2_file().decode().replace(" ", "").rstrip("\n").split("\n")  # the first line is a version
+    return single + [_token_of(merge) for merge in merges]
 
 
 def _gpt2_merges() -> list[tuple[str, str]]:

@@ -33,9 +33,9 @@ _Answer = Part | Counts | Exception
 
 
 @contextlib.contextmanager
-def started(job: Job, workers: int) -> Iterator["Pool | None"]:
+def started(workers: int) -> Iterator["Pool | None"]:
     """Worker processes, starting up while the caller prepares their work; none for a single worker."""
-    pool = Pool(job, workers) if workers > 1 else None
+    pool = Pool(workers) if workers > 1 else None
     try:
         yield pool
     finally:
@@ -76,14 +76,19 @@ def _without_payload(block: Block) -> Block:
 class Pool:
     """Worker processes, and two threads for each: while one waits for an answer the other hands over the next block."""
 
-    def __init__(self, job: Job, workers: int) -> None:
+    def __init__(self, workers: int) -> None:
         self.size = workers
         self._closed = threading.Event()
         self._idle: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
-        self._workers = [_Worker(job) for _ in range(workers)]
+        self._workers = [_Worker() for _ in range(workers)]
         for worker in 2 * self._workers:
             self._idle.put(worker)
         self._threads = ThreadPoolExecutor(2 * workers, thread_name_prefix="prepare")
+
+    def begin(self, job: Job) -> None:
+        """Tells the workers what all blocks have in common; they load the tokenizer at once."""
+        for worker in self._workers:
+            worker.begin(job)
 
     def submit(self, block: Block) -> Result:
         """The result of a block, which a worker begins as soon as one is free."""
@@ -135,7 +140,7 @@ def _parts_of(answers: "queue.Queue[_Answer]", counts: Counts) -> Iterator[Part]
 class _Worker:
     """One worker process as the parent sees it."""
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self) -> None:
         # -P and PYTHONPATH: the same modules as in this process, and none from the current folder
         environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
         self._process = subprocess.Popen(
@@ -148,6 +153,8 @@ class _Worker:
         self._sending = threading.Lock()
         self._answering = threading.Condition()
         self._asked = self._answered = 0
+
+    def begin(self, job: Job) -> None:
         self._send(asdict(job))
 
     def tokenize(self, block: Block) -> Iterator["Part | Counts"]:
