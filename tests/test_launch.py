@@ -218,6 +218,86 @@ def test_a_dead_rank_takes_the_job_down_and_a_stuck_one_is_found(tiny: TrainConf
     assert "failpoint.py" in stuck.stderr  # the line that hangs
 
 
+OWN_MODEL = """
+import os, sys
+import torch
+from recipes.train_demo import CONFIG
+from toolkit.errors import one_line_errors
+from toolkit.model.gpt2 import GPT2
+from toolkit.recipe import parse
+from toolkit.training.trainer import Trainer
+
+class Faulty(GPT2):
+    '''A GPT-2 that goes wrong in process 1: NaN in step 3, and no memory for more than one window from call OOM on.'''
+    calls = 0
+    def forward(self, input_ids, targets):
+        loss = super().forward(input_ids, targets)
+        if os.environ["RANK"] != "1":
+            return loss
+        self.calls += 1
+        if len(input_ids) > 1 and self.calls >= int(os.environ["OOM"]):
+            raise torch.OutOfMemoryError("pretended")
+        # The trial, then two or four micro-batches of one window a step.
+        return loss * float("nan") if self.calls == int(os.environ["NAN"]) else loss
+
+with one_line_errors():
+    config = parse(CONFIG)
+    Trainer(config, model=Faulty(config.model, seed=config.training.seed)).fit()
+"""
+
+
+def test_what_goes_wrong_in_one_process_is_answered_by_both(tiny: TrainConfig, tmp_path: Path) -> None:
+    script = tmp_path / "own.py"
+    script.write_text(OWN_MODEL)
+    # Its first forward, the trial before step 1, does not fit: both halve, and train what they would have trained.
+    halved = change(tiny, training={"checkpoint_every": 1, "eval_every": None, "sample_every": None})
+    env = environment(TOOLKIT_FAILPOINTS="trainer.trial=sleep:0", OOM="1", NAN="12")
+    result = command(str(script), *flags(halved, DEMO), launch=TWO, env=env)
+    assert result.returncode == 0, result.stderr
+    assert "out of memory: going on with micro_batch_size 1 and 4 accumulation steps" in result.stderr
+    run = Path(halved.run.dir)
+    assert [row["first_sample"] for row in rows(run, "ledger")] == list(range(0, 64, 8))
+    # Its second forward in step 3 (calls 1 and 2 are trials) gives NaN: both keep their weights, count the step and go on.
+    training = [row for row in rows(run) if "loss/train" in row]
+    assert [row["optimizer/skipped_steps"] for row in training] == [0, 0, 1, 1, 1, 1, 1, 1]
+    before, after = (run / "checkpoints" / f"step-{step:08d}" / "model.safetensors" for step in (2, 3))
+    assert before.read_bytes() == after.read_bytes()
+    # In the middle of step 2 the other process waits in a reduction already: the run stops and says what to start with.
+    stopping = change(halved, run={"dir": str(tmp_path / "stopping")})
+    result = command(str(script), *flags(stopping, DEMO), launch=TWO, env=environment(OOM="4", NAN="0"))
+    assert result.returncode != 0
+    assert "process 1 ran out of memory in step 2" in result.stderr
+    assert "start again with --training.micro-batch-size 1" in result.stderr
+    again = command(
+        RECIPE, *flags(change(stopping, training={"micro_batch_size": 1}), DEMO), launch=TWO, env=environment()
+    )
+    assert again.returncode == 0, again.stderr
+    assert rows(tmp_path / "stopping", "ledger") == rows(run, "ledger")
+
+
+def test_launchers_that_restart_a_failed_group_continue_the_run(tiny: TrainConfig, tmp_path: Path) -> None:
+    whole = change(tiny, run={"dir": str(tmp_path / "whole")})
+    assert command(RECIPE, *flags(whole, DEMO), launch=TWO).returncode == 0
+    # Process 1 dies in step 5, is started again with its peer, and gets to the end: fewer steps are left than it lived for.
+    dying = environment(TOOLKIT_FAILPOINTS="trainer.before-backward#1=kill@9")
+    torchrun = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "--max-restarts", "3")
+    for name, prefix, launch in (
+        ("accelerate", (), (*TWO, "--max_restarts", "3")),
+        ("torchrun-static", torchrun, None),
+        ("torchrun-c10d", (*torchrun, "--standalone"), None),
+    ):
+        config = change(tiny, run={"dir": str(tmp_path / name)})
+        result = command(*prefix, RECIPE, *flags(config, DEMO), launch=launch, env=dying)
+        assert result.returncode == 0, f"{name}: {result.stderr}"
+        run = tmp_path / name
+        assert len(json.loads((run / "run.json").read_text())["starts"]) >= 2
+        for log in ("metrics", "ledger", "samples"):
+            assert rows(run, log) == rows(tmp_path / "whole", log), name
+        for file in ("model.safetensors", "optimizer.safetensors"):
+            last = Path("checkpoints") / "step-00000008" / file
+            assert (run / last).read_bytes() == (tmp_path / "whole" / last).read_bytes(), name
+
+
 def test_bad_input_gets_one_line_from_the_main_process_and_no_traceback(tiny: TrainConfig, tmp_path: Path) -> None:
     config = change(tiny, data={"path": (str(tmp_path / "missing"),)})
     single = command(RECIPE, *flags(config, DEMO))

@@ -170,8 +170,11 @@ def test_muon_update_is_orthogonal_with_the_rate_factor_of_the_out_in_layout(nam
         assert torch.nn.functional.cosine_similarity(part.flatten(), (left @ right).flatten(), dim=0) > 0.9
 
 
-def test_muon_equals_torchs_own_on_transposed_copies():
+@pytest.mark.parametrize("no_bf16_units", [False, True], ids=["as-here", "no-bf16-units"])
+def test_muon_equals_torchs_own_on_transposed_copies(monkeypatch, no_bf16_units):
     """Two steps with momentum and decay of torch.optim.Muon on (out, in) leaves, and of our optimizer on (in, out)."""
+    if no_bf16_units:
+        monkeypatch.setattr("torch.backends.mkldnn.is_available", lambda: False)
     model, optimizer = build("muon", muon_learning_rate=0.05, muon_momentum=0.8, muon_weight_decay=0.1)
     projection = model.h[1].mlp.c_fc.weight
     qkv = model.h[1].attn.c_attn.weight

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 from torch import Tensor
@@ -235,6 +236,28 @@ def test_too_many_steps_without_a_finite_gradient_stop_the_run(tiny: TrainConfig
     assert status["status"] == "failed"
     assert "no finite gradient" in status["reason"]
     assert all(torch.isfinite(tensor).all() for tensor in state_of(run, 2).values())
+
+
+def test_a_loss_scale_that_collapses_stops_the_run(tiny: TrainConfig) -> None:
+    class Overflows(NotFinite):
+        bad_calls = range(8, 1000)  # from step 3 on
+
+    # fp16 itself is refused on a CPU, so the scaler is put where Accelerate keeps it on CUDA.
+    AcceleratorState._reset_state(True)
+    config = change(tiny, training={"checkpoint_every": 1, "min_loss_scale": 2.0, "eval_every": None})
+    trainer = Trainer(config, model=Overflows(config.model, seed=1))
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0, growth_interval=1000)
+    trainer.accelerator.scaler = scaler
+    trainer.optimizer = AcceleratedOptimizer(trainer.raw_optimizer, device_placement=False, scaler=scaler)
+    with pytest.raises(UserError, match=r"loss scale fell to 1\.0, below training\.min_loss_scale=2\.0"):
+        trainer.fit()
+    run = Path(config.run.dir)
+    training = [row for row in rows(run) if "loss/train" in row]
+    assert [row["optimizer/loss_scale"] for row in training] == [8.0, 8.0, 4.0, 2.0, 1.0]
+    assert [row["optimizer/skipped_steps"] for row in training] == [0, 0, 1, 2, 3]
+    assert_equal_bits(state_of(run, 4), state_of(run, 2))  # skipped, counted, and the moments as they were
+    assert json.loads((run / "checkpoints/step-00000004/state.json").read_text())["scaler"]["scale"] == 2.0
+    assert "loss scale fell" in json.loads((run / "status.json").read_text())["reason"]
 
 
 class NeedsMemory(GPT2):

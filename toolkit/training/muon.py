@@ -11,14 +11,19 @@ three square matrices: one orthogonal (3C, C) matrix would tie the scales of the
 Several processes: DDP has already averaged the gradients, so every process computes the same update from the same
 numbers. The work is repeated rather than shared out; at 2**19 tokens a step it is below 1 % of a step on one GPU.
 
+Arithmetic. torch iterates in bf16. A CPU without instructions for it computes such products one number at a time; there
+the operands are widened, multiplied in fp32 and the product rounded to bf16 again, which is what bf16 units do.
+
 Source: Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from toolkit.config import OptimizerConfig
 from toolkit.errors import UserError
@@ -113,6 +118,31 @@ class MuonWithAdamW(torch.optim.Optimizer):
                     self._muon.state[view] = {"momentum_buffer": momentum.T}
                     views.append(view)
             self._muon.param_groups.append(group | {"params": views})
-        self._muon.step()  # type: ignore[no-untyped-call]
+        with _fast_products(groups):
+            self._muon.step()  # type: ignore[no-untyped-call]
         self._muon.param_groups = []  # no view of a gradient outlives the step
         self._muon.state.clear()
+
+
+def _fast_products(groups: Sequence[Mapping[str, Any]]) -> AbstractContextManager[Any]:
+    """Where the weights are on a CPU that has no fast bf16 products: the same products by way of fp32."""
+    on_cpu = any(parameter.device.type == "cpu" for group in groups for parameter in group["params"])
+    units = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+    fast = units and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return _WideProducts() if on_cpu and not fast else nullcontext()  # type: ignore[no-untyped-call]
+
+
+class _WideProducts(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Matrix products of bf16 tensors on a CPU, summed in fp32 and rounded to bf16 once at the end.
+
+    Why: Muon's update of 5 million parameters took 10.4 s on two AVX2 cores, and takes 0.34 s so (torch 2.13, November 2026).
+    """
+
+    _PRODUCTS = frozenset({torch.ops.aten.mm.default, torch.ops.aten.addmm.default})
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        if function not in self._PRODUCTS or args[0].dtype != torch.bfloat16 or args[0].device.type != "cpu":
+            return function(*args, **(kwargs or {}))
+        return function(*(tensor.float() for tensor in args), **(kwargs or {})).bfloat16()

@@ -1,21 +1,82 @@
 """What the processes of one run tell each other outside the step: JSON, tensors, and each other's errors.
 
 Everything travels as plain tensors, so nothing is pickled. With one process every function is a no-op that returns what
-it was given.
+it was given. How the processes find each other again after the launcher has restarted them is here as well.
 """
 
 import json
+import os
+import time
+import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import PrefixStore, Store  # type: ignore[attr-defined]
+from torch.distributed.rendezvous import register_rendezvous_handler, rendezvous
 
 from toolkit.errors import UserError, describe_os_error
 
 _MESSAGE_BYTES = 4096
+_POLL_SECONDS = 0.02
+
+
+def restartable_init_method() -> str | None:
+    """The init_method with which a restarted group of processes finds itself; None where the launcher never restarts.
+
+    Why: a launcher with --max-restarts keeps one key-value store for all its attempts, and torch 2.13 gives the attempts
+    no names of their own in it, so that a restarted process reads the addresses of dead ones and waits for them.
+    """
+    return "fresh://" if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) > 0 else None
+
+
+def _fresh_rendezvous(url: str, timeout: timedelta, **_: Any) -> Iterator[tuple[Store, int, int]]:
+    """torch's own rendezvous from the environment, in a part of its store that no earlier attempt has written to."""
+    store, rank, world_size = next(iter(rendezvous("env://", timeout=timeout)))
+    yield PrefixStore(_agree_on_attempt(store, rank, world_size, timeout=timeout), store), rank, world_size
+
+
+def _agree_on_attempt(store: Store, rank: int, world_size: int, *, timeout: timedelta) -> str:
+    """A name for this attempt that every living process agrees on, whatever dead ones have left in the store.
+
+    Every process puts a token of its own up; process 0 lists them, the others confirm a list that has their own in it,
+    and the list that all confirmed is the name. The launcher's count of restarts would not do: on several
+    machines it differs, as only the machine whose process fails first counts.
+    """
+    mine = uuid.uuid4().hex
+    store.set(f"token/{rank}", mine)
+    deadline = time.monotonic() + timeout.total_seconds()
+    while time.monotonic() < deadline:
+        if rank == 0:
+            listed = ",".join(_peek(store, f"token/{index}") for index in range(world_size))
+            store.set("listed", listed)
+            if all(_peek(store, f"confirmed/{index}") == listed for index in range(1, world_size)):
+                store.set("agreed", listed)
+                return listed
+        else:
+            listed = _peek(store, "listed")
+            if mine in listed.split(","):
+                store.set(f"confirmed/{rank}", listed)
+            agreed = _peek(store, "agreed")
+            if mine in agreed.split(","):
+                return agreed
+        time.sleep(_POLL_SECONDS)
+    raise UserError(
+        f"process {rank} of {world_size} waited {timeout} for the others to start; look at what they printed, and at "
+        "the launcher's --machine_rank and --main_process_ip on every machine"
+    )
+
+
+def _peek(store: Store, key: str) -> str:
+    """The value of a key, or "" if nobody has set it yet; never waits."""
+    return store.get(key).decode() if store.check([key]) else ""
+
+
+register_rendezvous_handler("fresh", _fresh_rendezvous)  # type: ignore[no-untyped-call]
 
 
 class Processes:

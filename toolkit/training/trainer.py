@@ -55,7 +55,7 @@ from toolkit.training.optimizer import (
     set_learning_rate,
 )
 from toolkit.training.plan import largest_micro_batch
-from toolkit.training.processes import Processes
+from toolkit.training.processes import Processes, restartable_init_method
 from toolkit.training.progress import Progress, configure_logging
 from toolkit.training.records import RunRecords
 from toolkit.training.schedule import learning_rate_multiplier
@@ -759,7 +759,8 @@ class Trainer:
         )
         self._say(
             f"{config.training.tokens_per_step:,} tokens a step = {self.micro_batch_size} windows x "
-            f"{config.data.sequence_length} tokens x {count} processes x {self.grad_accum_steps} accumulation steps"
+            f"{config.data.sequence_length} tokens x {count} process{'es' * (count > 1)} x "
+            f"{self.grad_accum_steps} accumulation step{'s' * (self.grad_accum_steps > 1)}"
         )
         windows = sum(
             int(window_counts(data_set, "train", sequence_length=config.data.sequence_length).sum())
@@ -856,7 +857,9 @@ def _accelerator(precision: Precision, *, watchdog_minutes: float) -> Accelerato
         dataloader_config=DataLoaderConfiguration(even_batches=False, non_blocking=True),
         kwargs_handlers=[
             # The watchdogs end a stuck job first and name the line; this is what ends it if they cannot.
-            InitProcessGroupKwargs(timeout=timedelta(minutes=2 * watchdog_minutes)),
+            InitProcessGroupKwargs(
+                init_method=restartable_init_method(), timeout=timedelta(minutes=2 * watchdog_minutes)
+            ),
             DistributedDataParallelKwargs(gradient_as_bucket_view=True),
         ],
     )
