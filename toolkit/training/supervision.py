@@ -8,6 +8,7 @@ stopping is done between two steps.
 import ctypes
 import faulthandler
 import logging
+import math
 import os
 import signal
 import sys
@@ -95,11 +96,20 @@ class Watchdog:
 
     def __init__(self, minutes: float) -> None:
         self._seconds = minutes * 60
+        self._fed = -math.inf
 
     def feed(self) -> None:
-        """Starts the wait anew; called after each step and inside long work between steps."""
+        """Starts the wait anew, to within 1 % of it; called after each step and inside long work between steps.
+
+        Why not each time: it starts a thread, and a step of a small model takes milliseconds.
+        """
+        now = time.monotonic()
+        if now - self._fed < self._seconds / 100:
+            return
+        self._fed = now
         faulthandler.dump_traceback_later(self._seconds, exit=True, file=sys.__stderr__ or sys.stderr)
 
     def stop(self) -> None:
         """No longer watches."""
+        self._fed = -math.inf
         faulthandler.cancel_dump_traceback_later()
