@@ -99,6 +99,8 @@ def test_linked_folders_are_entered_once(tmp_path: Path) -> None:
         (["x.parquet.gz"], r"x\.parquet\.gz has an unknown ending"),
         (["empty"], r"empty holds no file ending in .*\(1 others\)"),
         (["a.txt", "./a.txt"], r"a\.txt is named twice"),
+        (["pipe.txt"], r"pipe\.txt is a pipe, a device or a socket, not a file"),
+        (["a.txt", "none.jsonl.gz"], r"none\.jsonl\.gz has no bytes at all, so it is no \.gz file; get it again"),
         (["stdlib", "a.txt"], "stdlib cannot be combined"),
         ([], "no source is named"),
         (["hub:../x"], "not of the form hub:DATASET"),
@@ -110,6 +112,8 @@ def test_what_cannot_be_a_source(
     monkeypatch.chdir(tmp_path)
     for name in ("x.pdf", "x.parquet.gz", "a.txt"):
         (tmp_path / name).write_text("x")
+    os.mkfifo("pipe.txt")
+    (tmp_path / "none.jsonl.gz").touch()
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty" / "x.csv").write_text("x")
     with pytest.raises(UserError, match=message):
@@ -223,8 +227,9 @@ def test_text_that_is_not_utf8_names_the_byte(long: bool, tmp_path: Path, monkey
 def test_parquet_columns_of_every_kind_of_string(tmp_path: Path) -> None:
     texts = ["one", None, "", "zwei 字", "one"] * 50
     kept = [text for text in texts if text]
-    for name, kind in (("a", pa.string()), ("b", pa.large_string()), ("c", pa.dictionary(pa.int32(), pa.string()))):
-        array = pa.array(texts).cast(kind) if name != "c" else pa.array(texts).dictionary_encode()
+    arrays = [pa.array(texts, kind) for kind in (pa.string(), pa.large_string(), pa.string_view())]
+    arrays += [array.dictionary_encode() for array in arrays[:2]]
+    for name, array in zip("abcde", arrays, strict=True):
         path = write_table(tmp_path / f"{name}.parquet", array, row_group_size=37)
         found, counts = read(open_source([str(path)]))
         assert found == kept, name
@@ -237,6 +242,9 @@ def test_parquet_without_a_text_column(tmp_path: Path) -> None:
         read(open_source([str(path)], text_column="content"))
     with pytest.raises(UserError, match=r"x\.parquet: the column 'id' is int64, not a string"):
         read(open_source([str(path)], text_column="id"))
+    parquet.write_table(pa.table([["a"], ["b"]], names=["text", "text"]), path)
+    with pytest.raises(UserError, match=r"x\.parquet has 2 columns 'text'; rename or drop all but one"):
+        read(open_source([str(path)]))
 
 
 def test_parquet_with_bytes_that_are_no_text(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ import json
 import logging
 import os
 import platform
+import stat
 import sysconfig
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
@@ -60,6 +61,11 @@ class Source:
     text_column: str
     details: dict[str, str]  # what else identifies the source: a revision, a version of Python
     ignored_files: int = 0  # in the folders, with other endings
+
+    def __post_init__(self) -> None:
+        empty = [file.label for file in self.files if file.compression and not file.size]
+        if empty:  # their readers would take it for an empty text
+            raise UserError(f"{empty[0]} has no bytes at all, so it is no {Path(empty[0]).suffix} file; get it again")
 
     @property
     def size(self) -> int:
@@ -211,6 +217,8 @@ def _raise(error: OSError) -> None:
 
 def _local_file(path: Path, name: str) -> SourceFile:
     status = path.stat()
+    if not stat.S_ISREG(status.st_mode):  # opening a pipe would wait for ever
+        raise UserError(f"{path} is a pipe, a device or a socket, not a file; leave it out")
     kind, compression = format_of(path.name) or ("text", "")
     return SourceFile(
         name=name,
@@ -292,9 +300,11 @@ def _check_column(schema: Any, text_column: str, label: str) -> None:
 
     if text_column not in schema.names:
         raise missing_column(label, text_column, schema.names)
+    if (count := schema.names.count(text_column)) > 1:
+        raise UserError(f"{label} has {count} columns {text_column!r}; rename or drop all but one")
     kind = schema.field(text_column).type
     value = kind.value_type if types.is_dictionary(kind) else kind
-    if not (types.is_string(value) or types.is_large_string(value)):
+    if not (types.is_string(value) or types.is_large_string(value) or types.is_string_view(value)):
         raise UserError(f"{label}: the column {text_column!r} is {kind}, not a string; name another with --text-column")
 
 
