@@ -1,7 +1,9 @@
 """The run in one process: what it leaves, what it repeats to the bit, and what it does when numbers go wrong."""
 
+import dataclasses
 import json
 import math
+import os
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -19,9 +21,10 @@ from toolkit.data.loader import open_data, training_loader
 from toolkit.data.prepare import prepare
 from toolkit.data.shards import open_shards
 from toolkit.errors import UserError
-from toolkit.model.gpt2 import GPT2
+from toolkit.model.gpt2 import GPT2, load_canonical
+from toolkit.training.audit import audit
 from toolkit.training.supervision import StopRequests
-from toolkit.training.trainer import Trainer, mixed_seed
+from toolkit.training.trainer import StepResult, Trainer, mixed_seed
 
 Fit = Callable[[TrainConfig], Path]
 
@@ -322,8 +325,93 @@ def test_a_spike_is_rewound_and_its_samples_are_skipped(
     run = Path(config.run.dir)
     assert [row["step"] for row in rows(run) if "loss/train" in row] == list(range(1, 9))
     ledger = rows(run, "ledger")
-    assert {"step": 4, "skipped_first_sample": 32, "skipped_end_sample": 48} in ledger
+    assert {"step": 5, "skipped_first_sample": 32, "skipped_end_sample": 48} in ledger
     assert [row["first_sample"] for row in ledger if "first_sample" in row] == [0, 8, 16, 24, 48, 56, 64, 72]
+
+
+def test_a_crash_after_a_rewind_rewinds_again(tiny: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    from toolkit.training import spikes
+
+    monkeypatch.setattr(spikes, "HISTORY_STEPS", 4)
+
+    class SpikesAtItsData(GPT2):
+        calls = 0
+        bad: frozenset[bytes] = frozenset()
+
+        def forward(self, input_ids: Tensor, targets: Tensor) -> Tensor:
+            loss, kind, window = super().forward(input_ids, targets), type(self), input_ids.numpy().tobytes()
+            kind.calls += 1
+            if 20 < kind.calls <= 24:  # step 6
+                kind.bad |= {window}
+            return loss * 50 if window in kind.bad else loss
+
+    config = change(tiny, training={"on_spike": "rewind", "checkpoint_every": 2, "eval_every": None})
+    rewind = Trainer.rewind
+
+    def rewind_and_end(trainer: Trainer) -> None:
+        rewind(trainer)
+        raise Cut
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "rewind", rewind_and_end)
+        with pytest.raises(Cut):
+            run_with(SpikesAtItsData, config)
+    trainer = run_with(SpikesAtItsData, config)
+    assert (trainer.step, trainer.position) == (8, 8 * 8 + 16)
+    ledger = rows(Path(config.run.dir), "ledger")
+    assert len([row for row in ledger if "skipped_first_sample" in row]) == 1
+    assert [row["first_sample"] for row in ledger if "first_sample" in row] == [0, 8, 16, 24, 48, 56, 64, 72]
+    said = list(audit(Path(config.run.dir)))
+    assert any("samples 32 to 47 were skipped on purpose after a loss spike" in line for line in said)
+    assert "once per epoch" in said[-1]
+
+
+def test_weights_that_are_not_finite_are_never_saved(
+    fit: Fit, tiny: TrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = change(tiny, training={"eval_every": None, "sample_every": None})
+    log = Trainer.log
+
+    def log_and_spoil(trainer: Trainer, result: StepResult) -> None:
+        log(trainer, result)
+        if trainer.step == 6:  # a checkpoint is due here, and its gradient was finite
+            with torch.no_grad():
+                trainer.raw_model.wte.weight[3, 1] = math.inf
+
+    monkeypatch.setattr(Trainer, "log", log_and_spoil)
+    with pytest.raises(UserError, match="the weights at step 6 are not finite and are not saved"):
+        fit(config)
+    folder = Path(config.run.dir)
+    assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["step-00000002", "step-00000004"]
+    assert "not finite" in json.loads((folder / "status.json").read_text())["reason"]
+
+
+def test_a_checkpoint_is_read_once_to_resume_from_it(
+    fit: Fit, tiny: TrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = fit(change(tiny, training={"max_steps": 4}))
+    read: dict[str, int] = {}
+    preadv = os.preadv
+
+    def count(descriptor: int, buffers: list[memoryview], offset: int) -> int:
+        name = str(Path(f"/proc/self/fd/{descriptor}").readlink())
+        read[name] = read.get(name, 0) + (got := preadv(descriptor, buffers, offset))
+        return got
+
+    monkeypatch.setattr(os, "preadv", count)
+    fit(tiny)
+    for name in ("model.safetensors", "optimizer.safetensors"):
+        path = run / "checkpoints/step-00000004" / name
+        assert 0 < read[str(path)] <= path.stat().st_size
+
+
+def test_a_state_that_lacks_a_part_is_refused(fit: Fit, tiny: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    state = Trainer._state
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "_state", lambda trainer: {k: v for k, v in state(trainer).items() if k != "position"})
+        fit(change(tiny, training={"max_steps": 2}))
+    with pytest.raises(UserError, match=r"state\.json lacks position, without which no run can be continued"):
+        fit(tiny)
 
 
 def test_a_spike_is_only_logged_by_default(tiny: TrainConfig, capfd: pytest.CaptureFixture[str]) -> None:
@@ -391,6 +479,37 @@ def test_weights_of_transformers_are_a_starting_point(fit: Fit, tiny: TrainConfi
     assert first["loss/train"] == pytest.approx(expected, rel=1e-5)
 
 
+def test_the_muon_recipe_resumes_to_the_bit_and_loads_in_transformers(
+    fit: Fit, tiny: TrainConfig, tmp_path: Path
+) -> None:
+    import transformers
+
+    from recipes.speedrun_124m import CONFIG
+
+    assert CONFIG.optimizer.name == "muon"
+    model = dataclasses.replace(tiny.model, zero_init_residual=CONFIG.model.zero_init_residual)
+    short = dataclasses.replace(CONFIG.schedule, warmup_steps=2, decay_steps=6)
+    config = dataclasses.replace(tiny, model=model, optimizer=CONFIG.optimizer, schedule=short)
+    run = fit(config)
+    losses = [row["loss/train"] for row in rows(run) if "loss/train" in row]
+    assert losses[-1] < losses[0] - 1.0
+    assert rows(run)[-2]["learning_rate"] == pytest.approx(CONFIG.optimizer.learning_rate / 6)  # linear, down to zero
+    parts = change(config, run={"dir": str(tmp_path / "parts")})
+    fit(change(parts, training={"max_steps": 3}))
+    fit(parts)
+    assert_equal_bits(state_of(Path(parts.run.dir), 8), state_of(run, 8))
+    folder = run / "checkpoints" / "step-00000008"
+    theirs = transformers.GPT2LMHeadModel.from_pretrained(folder).eval()
+    ours = GPT2(config.model).eval()
+    load_canonical(ours, load_file(folder / "model.safetensors"))
+    windows = sample_windows_of(config)
+    with torch.no_grad():
+        loss = torch.nn.functional.cross_entropy(
+            theirs(input_ids=windows[:, :-1]).logits.flatten(0, 1), windows[:, 1:].flatten()
+        )
+        assert ours(windows[:, :-1], windows[:, 1:]).item() == pytest.approx(loss.item(), rel=1e-5)
+
+
 def sample_windows_of(config: TrainConfig) -> Tensor:
     """The windows (G, T + 1) of a recipe's first step."""
     loader = training_loader(
@@ -436,8 +555,31 @@ def test_a_signal_during_an_evaluation_is_made_up_for(
         fit(cut)
     assert [row["step"] for row in rows(Path(cut.run.dir)) if "loss/val" in row] == []
     assert json.loads((Path(cut.run.dir) / "status.json").read_text())["step"] == 4
+    with pytest.raises(Cut):  # what was left out is made up for, and lost again with the steps after it
+        fit_until(cut, 5, monkeypatch)
+    assert [row["step"] for row in rows(Path(cut.run.dir), "samples")] == [4]
     fit(cut)
-    assert rows(Path(cut.run.dir)) == rows(whole)
+    for name in ("metrics", "ledger", "samples"):
+        assert rows(Path(cut.run.dir), name) == rows(whole, name)
+
+
+class Cut(BaseException):
+    """The end of a run between two steps, as by a power cut."""
+
+
+def fit_until(config: TrainConfig, step: int, monkeypatch: pytest.MonkeyPatch, *, model: GPT2 | None = None) -> None:
+    """Trains until a step's rows are written, and no further: `Cut` is raised."""
+    log = Trainer.log
+
+    def log_and_end(trainer: Trainer, result: StepResult) -> None:
+        log(trainer, result)
+        if trainer.step == step:
+            raise Cut
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "log", log_and_end)
+        AcceleratorState._reset_state(True)
+        Trainer(config, model=model).fit()
 
 
 def test_a_mixture_is_trained_in_its_shares_and_evaluated_set_by_set(
