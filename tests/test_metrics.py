@@ -194,12 +194,64 @@ def test_damaged_checksums_cost_no_row(tmp_path: Path) -> None:
     for position in range(0, len(good[".rows.crc32"]), 41):
         (tmp_path / ".rows.crc32").write_bytes(good[".rows.crc32"])
         flip(tmp_path / ".rows.crc32", position, 0x01)
-        assert log.truncate_after(12) == []
+        assert log.truncate_after(12) == [REMADE]
         checksums = (tmp_path / ".rows.crc32").read_bytes()
         assert sorted(checksums.splitlines()) == sorted(good[".rows.crc32"].splitlines())  # made again
-    (tmp_path / ".rows.crc32").unlink()
-    assert log.truncate_after(12) == []
-    assert contents(tmp_path) == good | {".rows.crc32": checksums}
+    for damage in (
+        lambda path: path.unlink(),
+        lambda path: path.write_bytes(b""),
+        lambda path: path.write_bytes(path.read_bytes()[: -18 * 3]),
+        lambda path: path.write_bytes(path.read_bytes()[: -18 * 20 - 7]),
+    ):
+        damage(tmp_path / ".rows.crc32")
+        assert log.truncate_after(12) == [REMADE]
+        assert contents(tmp_path) == good | {".rows.crc32": checksums}
+
+
+REMADE = ".rows.crc32 is missing or damaged: what is there was checked as JSON only; written anew"
+
+
+def test_rows_that_have_gone_are_named(tmp_path: Path) -> None:
+    log = fill(tmp_path, 12)
+    log.close()
+    metrics = tmp_path / "metrics.jsonl"
+    lines = metrics.read_bytes().splitlines(keepends=True)
+    metrics.write_bytes(
+        b"".join(lines[:2] + lines[6:8] + lines[9:])
+    )  # without steps 3 to 5 and 8, row of 5's evaluation
+    (tmp_path / "ledger.jsonl").unlink()
+    named = [
+        "metrics.jsonl: the rows of step 3 to 5 and 8 are missing",
+        "ledger.jsonl: the rows of step 1 to 12 are missing",
+    ]
+    assert log.truncate_after(12, first=1) == named
+    assert log.truncate_after(12) == []  # where a run begins elsewhere, nobody can know
+    assert log.truncate_after(2, first=1)[-1] == "ledger.jsonl: the rows of step 1 to 2 are missing"
+
+
+def test_rows_that_will_be_written_again_are_dropped(tmp_path: Path) -> None:
+    log = fill(tmp_path, 10)
+    assert log.truncate_after(10, again=lambda name, row: row["step"] == 10 and "loss/val" in row) == []
+    assert [row["step"] for row in rows(tmp_path) if "loss/val" in row] == [5]
+    assert [row["step"] for row in rows(tmp_path) if "loss/train" in row] == list(range(1, 11))
+    assert len(rows(tmp_path, "samples")) == 2
+
+
+@pytest.mark.parametrize("name", [*(f"{name}.jsonl" for name in LOG_NAMES), ".rows.crc32"])
+def test_something_else_under_the_name_of_a_log_is_put_aside(tmp_path: Path, name: str) -> None:
+    log = fill(tmp_path, 10)
+    log.close()
+    for make in (Path.mkdir, os.mkfifo):  # reading a pipe would wait for ever
+        (tmp_path / name).unlink()
+        make(tmp_path / name)
+        said = log.truncate_after(10)
+        aside = said[0].split(" it is ")[1].removesuffix(" now")
+        assert not (tmp_path / aside).is_file()
+        log.append("metrics", training_row(11))
+        log.append("ledger", {"step": 11})
+        log.append("samples", {"step": 11})
+        log.close()
+        assert (tmp_path / name).is_file()
 
 
 def test_a_kill_at_any_moment_of_a_truncation_loses_nothing(tmp_path: Path) -> None:

@@ -139,6 +139,16 @@ def replace_file(path: Path, data: bytes) -> None:
     fsync_folder(path.parent)
 
 
+def set_aside(path: Path) -> Path:
+    """Renames what cannot be used, whatever it is, to a free name beside it: NAME.damaged, NAME.damaged-2, ..."""
+    number = 1
+    while os.path.lexists(aside := path.with_name(f"{path.name}.damaged" + (f"-{number}" if number > 1 else ""))):
+        number += 1
+    path.rename(aside)
+    fsync_folder(path.parent)
+    return aside
+
+
 def fsync_folder(folder: Path) -> None:
     """Makes the names in a folder durable; file systems that cannot do this for folders are left to themselves."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)

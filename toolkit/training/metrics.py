@@ -12,21 +12,22 @@ import json
 import math
 import os
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 from toolkit.errors import UserError, describe_os_error
 from toolkit.failpoint import failpoint
-from toolkit.training.files import fsync_folder, parse_json, replace_file
+from toolkit.training.files import fsync_folder, parse_json, replace_file, set_aside
 from toolkit.training.redact import redact
 
 LogName = Literal["metrics", "samples", "ledger"]
 LOG_NAMES: tuple[LogName, ...] = ("metrics", "samples", "ledger")
 
 # One line a row, of all three logs: the row's crc32, then that text's own, so that damage to either side shows.
-# Without this file, or with damage in it, rows are checked as JSON only.
+# Without this file, with damage in it, or with lines of it lost, rows are checked as JSON only, and that is said.
 CHECKSUMS = ".rows.crc32"
 
 _NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
@@ -66,22 +67,41 @@ class RunLog:
         """The highest step that any log mentions, 0 if there is none: how far a run had come before it was cut off."""
         return max((row["step"] for name in LOG_NAMES for row in read_rows(log_path(self.folder, name))), default=0)
 
-    def truncate_after(self, step: int) -> list[str]:
+    def truncate_after(
+        self,
+        step: int,
+        *,
+        first: int | None = None,
+        again: Callable[[LogName, Mapping[str, Any]], bool] | None = None,
+    ) -> list[str]:
         """Drops the rows of later steps from all three logs and puts damaged lines aside; returns what to tell the user.
 
         A damaged line (torn by a kill, changed, not JSON, without a step) moves to `<log>.damaged`, whatever its step
-        was. Each log is replaced as a whole or not at all, and one that needs no change is not touched.
+        was. Each log is replaced as a whole or not at all, and one that needs no change is not touched. `again` names
+        further rows to drop, because they will be written again. With `first`, the first step of the run, steps without
+        a row of metrics or ledger are named: nothing can bring those rows back.
 
         Raises: UserError if a log cannot be read or replaced.
         """
         self.close()
+        say = [
+            f"{path.name} was not a file: it is {set_aside(path).name} now"
+            for path in (*(log_path(self.folder, name) for name in LOG_NAMES), self.folder / CHECKSUMS)
+            if _is_no_file(path)
+        ]
         known = _known_checksums(self.folder)
         kept: list[_Line] = []
-        say = []
         for name in LOG_NAMES:
-            lines, said = _truncate(log_path(self.folder, name), step, known)
+            lines, said = _truncate(
+                log_path(self.folder, name), step, known, again=partial(again, name) if again else None
+            )
             kept += lines
             say += said
+            if first is not None and name != "samples":
+                missing = _ranges(set(range(first, step + 1)) - {line.step for line in lines})
+                say += [f"{name}.jsonl: the rows of step {missing} are missing"] if missing else []
+        if known is None and kept:
+            say.append(f"{CHECKSUMS} is missing or damaged: what is there was checked as JSON only; written anew")
         failpoint("metrics.truncated")
         checksums = [_checksum_line(line.data) for line in kept]
         if sorted(checksums) != sorted(_read(self.folder / CHECKSUMS).splitlines(keepends=True)):
@@ -227,28 +247,44 @@ def _checksum_line(line: bytes) -> bytes:
 
 
 def _known_checksums(folder: Path) -> set[bytes] | None:
-    """The checksums of all rows that were ever written; None if they are not all known, so that nothing follows."""
-    data = _read(folder / CHECKSUMS)
-    *lines, _ = data.split(b"\n")  # the last may be torn: then its row was not written
+    """The checksums of all rows that were ever written; None if they are not all known, so that nothing follows.
+
+    A row whose checksum is not there was changed, and then the checksum that it had belongs to no row; where there are
+    fewer of those than rows without a checksum, it is checksums that were lost.
+    """
+    *lines, _ = _read(folder / CHECKSUMS).split(b"\n")  # the last may be torn: then its row was not written
     if not lines or any(_crc(line[:8]) != line[8:] for line in lines):
         return None
-    return {line[:8] for line in lines}
+    known = {line[:8] for line in lines}
+    rows = [line for name in LOG_NAMES for line in _read(log_path(folder, name)).split(b"\n")[:-1]]
+    found = {_crc(line) for line in rows}
+    strangers = sum(_crc(line) not in known and _parse(line) is not None for line in rows)
+    return known if strangers <= len(known - found) else None
+
+
+def _is_no_file(path: Path) -> bool:
+    """Whether something else than a file has this name: it holds no rows, and `truncate_after` puts it aside."""
+    return path.exists() and not path.is_file()
 
 
 def _read(path: Path) -> bytes:
     try:
-        return path.read_bytes()
+        return b"" if _is_no_file(path) else path.read_bytes()
     except FileNotFoundError:
         return b""
     except OSError as error:
         raise UserError(f"cannot read {describe_os_error(error)}") from None
 
 
-def _truncate(path: Path, step: int, known: set[bytes] | None) -> tuple[list[_Line], list[str]]:
+def _truncate(
+    path: Path, step: int, known: set[bytes] | None, *, again: Callable[[Mapping[str, Any]], bool] | None
+) -> tuple[list[_Line], list[str]]:
     """Brings one log back to a step; returns the lines that stay and what to tell the user."""
     lines = list(_read_lines(path, known))
     damaged = [line for line in lines if line.row is None]
-    kept = [line for line in lines if line.step is not None and line.step <= step]
+    kept = [
+        line for line in lines if line.row is not None and line.row["step"] <= step and not (again and again(line.row))
+    ]
     dropped = [line.step for line in lines if line.step is not None and line.step > step]
     say = []
     if damaged:
@@ -263,10 +299,22 @@ def _truncate(path: Path, step: int, known: set[bytes] | None) -> tuple[list[_Li
         say.append(
             f"{path.name}: {_count(dropped, 'row')} beyond step {step} dropped (up to step {max(dropped)}, done again now)"
         )
-    if say:
+    if len(kept) < len(lines):
         failpoint("metrics.truncate")
         _replace(path, b"".join(line.data for line in kept))
     return kept, say
+
+
+def _ranges(numbers: set[int]) -> str:
+    """The numbers as words: "3", "1 to 6 and 9"."""
+    ranges: list[list[int]] = []
+    for number in sorted(numbers):
+        if ranges and ranges[-1][1] == number - 1:
+            ranges[-1][1] = number
+        else:
+            ranges.append([number, number])
+    words = [str(first) if first == last else f"{first} to {last}" for first, last in ranges[:10]]
+    return " and ".join(words) + (" and others" if len(ranges) > 10 else "")
 
 
 def _count(things: list[Any], name: str) -> str:

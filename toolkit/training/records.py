@@ -17,7 +17,7 @@ from torch import Tensor
 from toolkit.config import TrainConfig, to_dict
 from toolkit.errors import UserError, describe_os_error
 from toolkit.training import checkpoint
-from toolkit.training.metrics import RunLog, log_path, read_rows
+from toolkit.training.metrics import LogName, RunLog, log_path, read_rows
 from toolkit.training.run_folder import RunFolder
 from toolkit.training.wandb_mirror import WandbMirror
 
@@ -52,6 +52,7 @@ class RunRecords:
             for line in opened.lines:
                 logger.info(line)
             newest = opened.resolved.path
+            self._loaded = opened.loaded
             self.writer = checkpoint.CheckpointWriter(
                 self.folder.checkpoints, config.checkpoint, resolved=opened.resolved
             )
@@ -78,9 +79,23 @@ class RunRecords:
                 f"has {data_fingerprint[:12]}; point --data.path at the same sets, with the same weights"
             )
 
-    def begin(self, step: int) -> None:
-        """Brings the logs back to the step that the run starts from, and starts the W&B mirror."""
-        for line in self.log.truncate_after(step):
+    def load(self, path: Path) -> checkpoint.Loaded:
+        """A checkpoint in memory, every check passed; the one found at the start is not read a second time."""
+        found, self._loaded = self._loaded, None
+        return found if found is not None and found.path == path else checkpoint.load(path)
+
+    def begin(self, step: int, *, evaluation_due: bool = False, sampling_due: bool = False) -> None:
+        """Brings the logs back to the step that the run starts from, and starts the W&B mirror.
+
+        What is still due at that step will be written, so that rows of it from an earlier attempt are dropped.
+        """
+
+        def again(name: LogName, row: Mapping[str, Any]) -> bool:
+            due = (sampling_due and name == "samples") or (evaluation_due and name == "metrics" and "loss/val" in row)
+            return due and row["step"] == step
+
+        first = 1 if self.config.run.resume_from is None else None  # a branch begins where its first start began
+        for line in self.log.truncate_after(step, first=first, again=again):
             logger.info(line)
         self.folder.set_status("running", step=step)
         self.wandb.start(to_dict(self.config), self.folder.run_id, folder=self.folder.path)

@@ -27,11 +27,12 @@ from toolkit.config import MAY_CHANGE_ON_RESUME, TrainConfig, differences, from_
 from toolkit.errors import UserError, describe_os_error
 from toolkit.failpoint import failpoint
 from toolkit.training.checkpoint import (
+    Loaded,
     Resolved,
     clean_leftovers,
+    load_newest,
     read_extra,
     read_manifest,
-    resolve,
 )
 from toolkit.training.files import (
     DamagedFileError,
@@ -71,6 +72,7 @@ class Opened:
     resolved: Resolved
     is_new: bool
     lines: list[str]
+    loaded: Loaded | None  # the checkpoint to resume from, as it was read to check it
 
 
 # Descriptors of held locks. A forked child (a DataLoader's worker) closes its copy: otherwise a worker that outlives a
@@ -129,7 +131,7 @@ class RunFolder:
         """
         try:
             self._lines += clean_leftovers(self.checkpoints, alone=self._exclusive)
-            resolved = resolve(self.checkpoints)
+            resolved, loaded = load_newest(self.checkpoints)
             failpoint("run_folder.resolved")
             self._lines += [f"skipped the damaged checkpoint {name}: {reason}" for name, reason in resolved.skipped]
             is_new = resolved.path is None and not (self.path / RUN).exists() and not (self.path / RECIPE).exists()
@@ -145,7 +147,7 @@ class RunFolder:
         except OSError as error:
             raise UserError(f"the run folder {self.path} cannot be used: {describe_os_error(error)}") from None
         lines, self._lines = self._lines, []
-        return Opened(resolved, is_new, lines)
+        return Opened(resolved, is_new, lines, loaded)
 
     def copies(self) -> dict[str, bytes]:
         """run.json and recipe.json as they should be on disk: every checkpoint carries them."""
