@@ -162,6 +162,32 @@ def test_a_reader_that_goes_away_is_no_error() -> None:
     assert process.returncode == 1
 
 
+@pytest.mark.parametrize("closed", ["2>&-", "<&- >&- 2>&-", "2>/dev/full"])
+def test_a_program_without_streams_works_and_writes_into_no_file_of_its_own(tmp_path: Path, closed: str) -> None:
+    code = (
+        "import faulthandler, sys\nfrom toolkit.errors import UserError, one_line_errors\n"
+        "with one_line_errors():\n"
+        "    file = open(sys.argv[1], 'w')\n"
+        "    faulthandler.dump_traceback_later(60, file=sys.__stderr__ or sys.stderr)\n"
+        "    faulthandler.cancel_dump_traceback_later()\n"
+        "    raise UserError('a message')"
+    )
+    line = f'"{sys.executable}" -c "$CODE" {tmp_path / "file"} {closed}'
+    result = subprocess.run(["sh", "-c", line], env=environment(CODE=code), capture_output=True, text=True)
+    assert (result.returncode, result.stdout, result.stderr) == (1, "", "")
+    assert (tmp_path / "file").read_text() == ""
+
+
+def test_an_error_is_printed_without_secrets() -> None:
+    code = "raise UserError('s3://me:hunter2hunter2@host/set?token=canary1canary1 and canary2canary2 are wrong')"
+    program = f"from toolkit.errors import UserError, one_line_errors\nwith one_line_errors():\n    {code}"
+    result = subprocess.run(
+        [sys.executable, "-c", program], env=environment(MY_TOKEN="canary2canary2"), capture_output=True, text=True
+    )
+    expected = "error: s3://[redacted]@host/set?token=[redacted] and [redacted] are wrong\n"
+    assert result.stderr == expected
+
+
 def test_a_full_disk_is_described_with_its_path_and_a_way_out() -> None:
     error = OSError(28, os.strerror(28), "runs/a/metrics.jsonl")
     text = describe_os_error(error)

@@ -18,9 +18,10 @@ TOP_LEVEL = {
 }  # fmt: skip
 
 # What each part of the package may import of the package, beside itself.
-LEAVES = ("toolkit.errors", "toolkit.failpoint", "toolkit.config")
+LEAVES = ("toolkit.errors", "toolkit.failpoint", "toolkit.config", "toolkit.redact")
 ALLOWED = {
-    "toolkit.errors": (),
+    "toolkit.errors": ("toolkit.redact",),
+    "toolkit.redact": (),
     "toolkit.failpoint": (),
     "toolkit.config": ("toolkit.errors",),
     "toolkit.data": LEAVES,

@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 
 from toolkit.errors import UserError
+from toolkit.redact import REDACTED, redact
 from toolkit.training.metrics import LOG_NAMES, RunLog, damaged_lines, encode_row, log_path, read_rows
-from toolkit.training.redact import REDACTED, redact
 
 
 def training_row(step: int) -> dict[str, float | int]:

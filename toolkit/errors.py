@@ -9,7 +9,9 @@ import errno
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+
+from toolkit.redact import redact
 
 EXIT_USER_ERROR = 1
 
@@ -42,7 +44,11 @@ def describe_os_error(error: OSError) -> str:
 
 @contextmanager
 def one_line_errors() -> Iterator[None]:
-    """Turns `UserError`, an operating system error and Ctrl-C into one line on stderr and a non-zero exit."""
+    """Turns `UserError`, an operating system error and Ctrl-C into one line on stderr and a non-zero exit.
+
+    The line is without secrets: a path may be a URL with a password in it.
+    """
+    _open_closed_streams()
     try:
         yield
     except UserError as error:
@@ -57,5 +63,21 @@ def one_line_errors() -> Iterator[None]:
     else:
         return
     if is_main_process():
-        print(message, file=sys.stderr, flush=True)
+        with suppress(OSError):  # stderr's reader has gone, or its disk is full
+            print(redact(message), file=sys.stderr, flush=True)
     raise SystemExit(status)
+
+
+def _open_closed_streams() -> None:
+    """Gives a program that was started without stdin, stdout or stderr (`2>&-`) the null device in their place.
+
+    Why: the first file that is opened would get the free number, and messages of libraries would be written into it.
+    """
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # the lowest free number, which is this one
+        if getattr(sys, name) is None:
+            mode = "r" if name == "stdin" else "w"
+            setattr(sys, name, open(number, mode, closefd=False))  # noqa: SIM115 - lives until exit

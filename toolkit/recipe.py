@@ -14,16 +14,19 @@ import tyro
 
 from toolkit.config import GPT2_SIZES, GPT2Config, TrainConfig
 from toolkit.errors import UserError, is_main_process, one_line_errors
+from toolkit.training.supervision import StopRequests
 
 
 def run(default: TrainConfig, arguments: Sequence[str] | None = None) -> None:
     """Trains the recipe `default` with the command line's flags over it: what every file in recipes/ ends with."""
     with one_line_errors():
+        stop_requests = StopRequests()
+        stop_requests.follow_launcher()  # it may die while torch is being imported
         config = parse(default, arguments)
         share_cores()
         from toolkit.training.trainer import Trainer
 
-        Trainer(config).fit()
+        Trainer(config, stop_requests=stop_requests).fit()
 
 
 def share_cores() -> None:

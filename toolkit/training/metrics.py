@@ -20,8 +20,8 @@ from typing import Any, Literal
 
 from toolkit.errors import UserError, describe_os_error
 from toolkit.failpoint import failpoint
+from toolkit.redact import redact
 from toolkit.training.files import fsync_folder, parse_json, replace_file, set_aside
-from toolkit.training.redact import redact
 
 LogName = Literal["metrics", "samples", "ledger"]
 LOG_NAMES: tuple[LogName, ...] = ("metrics", "samples", "ledger")

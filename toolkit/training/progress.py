@@ -9,6 +9,8 @@ from typing import Any
 
 from tqdm import tqdm
 
+from toolkit.redact import redact
+
 logger = logging.getLogger(__name__)
 
 SECONDS_BETWEEN_LINES = 10.0  # progress where there is no terminal
@@ -71,8 +73,8 @@ def configure_logging(*, is_main: bool) -> None:
 
 
 class _AboveProgress(logging.Handler):
-    """Writes each message on a line of its own, without tearing tqdm's bar."""
+    """Writes each message, without secrets, on a line of its own, without tearing tqdm's bar."""
 
     def emit(self, record: logging.LogRecord) -> None:
         with contextlib.suppress(OSError, ValueError):  # stderr closed, or its reader gone: training goes on
-            tqdm.write(self.format(record), file=sys.stderr)
+            tqdm.write(redact(self.format(record)), file=sys.stderr)

@@ -26,6 +26,7 @@ from typing import Any, Literal
 from toolkit.config import MAY_CHANGE_ON_RESUME, TrainConfig, differences, from_dict, to_dict
 from toolkit.errors import UserError, describe_os_error
 from toolkit.failpoint import failpoint
+from toolkit.redact import redact
 from toolkit.training.checkpoint import (
     Loaded,
     Resolved,
@@ -44,7 +45,6 @@ from toolkit.training.files import (
     replace_file,
     sealed,
 )
-from toolkit.training.redact import redact
 
 logger = logging.getLogger(__name__)
 

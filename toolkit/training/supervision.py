@@ -5,19 +5,23 @@ to stop" in the one reduction of the step, so that all leave at the same step. A
 stopping is done between two steps.
 """
 
+import contextlib
 import ctypes
 import faulthandler
-import logging
 import math
 import os
 import signal
 import sys
+import threading
 import time
 from types import FrameType
+from typing import Any
 
-logger = logging.getLogger(__name__)
-
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, *(() if sys.platform == "win32" else (signal.SIGUSR1,)))
+# SIGHUP: the terminal was closed. It is left alone where it is ignored, as below nohup.
+STOP_SIGNALS = (
+    *(signal.SIGTERM, signal.SIGINT),
+    *(() if sys.platform == "win32" else (signal.SIGUSR1, signal.SIGHUP)),
+)
 
 # One request can arrive several times: a terminal sends Ctrl-C to the launcher and to us, and the launcher passes it
 # on. Signals this close together [seconds] are one request; a later one means "leave at once".
@@ -34,26 +38,48 @@ class StopRequests:
 
     Why the launcher's death counts: a one-process `accelerate launch` passes no signal on, and a launcher killed with
     SIGKILL or SIGUSR1 would leave training processes behind that share their run folder with the next start.
+    Why a thread: Python calls a handler when the main thread is next between two of its instructions, which is seconds
+    away in a long step, and never in a collective whose other side hangs; and two signals sent together would then look
+    like two requests. The number of a signal is in a pipe at once.
     """
 
     def __init__(self) -> None:
         self._received: signal.Signals | None = None
         self._first: float = 0.0
         self._launcher = os.getppid() if any(name in os.environ for name in _LAUNCHER_VARIABLES) else None
-        self._previous: dict[int, object] = {}
+        self._previous: dict[int, Any] = {}
+        self._pipe: int | None = None  # its writing end
 
-    def listen(self) -> None:
-        """Installs the handlers, and asks Linux for a SIGTERM when the launcher dies."""
-        for number in STOP_SIGNALS:
-            self._previous[number] = signal.signal(number, self._handle)
+    def follow_launcher(self) -> None:
+        """Asks Linux for a SIGTERM when the launcher dies: until `listen`, this process dies with it."""
         if self._launcher is not None and sys.platform == "linux":
             ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
+            if self._launcher_died():  # before the system was asked
+                signal.raise_signal(signal.SIGTERM)
+
+    def listen(self) -> None:
+        """From now on a signal is a request; to be called in the main thread."""
+        self.follow_launcher()
+        reading, self._pipe = os.pipe()
+        os.set_blocking(self._pipe, False)
+        threading.Thread(target=self._take_all, args=(reading,), name="signals", daemon=True).start()
+        signal.set_wakeup_fd(self._pipe, warn_on_full_buffer=False)
+        _listening.add(self)
+        _register_fork_handler()
+        for number in STOP_SIGNALS:
+            if number in (signal.SIGTERM, signal.SIGINT) or signal.getsignal(number) != signal.SIG_IGN:
+                self._previous[number] = signal.signal(number, _leave_it_to_the_thread)
 
     def stop_listening(self) -> None:
         """Puts the handlers back that were there before `listen`."""
         for number, handler in self._previous.items():
-            signal.signal(number, handler if handler is not None else signal.SIG_DFL)  # type: ignore[arg-type]
+            signal.signal(number, handler if handler is not None else signal.SIG_DFL)
         self._previous.clear()
+        if self._pipe is not None:
+            signal.set_wakeup_fd(-1)
+            os.close(self._pipe)
+            self._pipe = None
+            _listening.discard(self)
 
     def asked(self) -> bool:
         """True once this process should stop; also notices a dead launcher where the system sends no signal for it."""
@@ -73,17 +99,45 @@ class StopRequests:
     def _launcher_died(self) -> bool:
         return self._launcher is not None and os.getppid() != self._launcher
 
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        received, now = signal.Signals(number), time.monotonic()
+    def _take_all(self, reading: int) -> None:
+        """Takes the numbers of signals out of the pipe until its other end is closed."""
+        while numbers := os.read(reading, 64):
+            for number in numbers:
+                if number in self._previous:  # not another part's signal
+                    self._take(signal.Signals(number))
+        os.close(reading)
+
+    def _take(self, received: signal.Signals) -> None:
+        now = time.monotonic()
         if self._received is None:
             self._received, self._first = received, now
         elif now - self._first > SAME_REQUEST_SECONDS and not self._launcher_died():
-            # os.write, not logging: a handler may run while a lock of the logging module is held.
-            os.write(
-                2,
-                f"\nreceived {received.name} again: leaving at once; the last complete checkpoint is intact\n".encode(),
-            )
-            os._exit(128 + number)
+            # os.write, not logging: the main thread may hold a lock of the logging module and be stuck.
+            line = f"\nreceived {received.name} again: leaving at once; the last complete checkpoint is intact\n"
+            with contextlib.suppress(OSError):
+                os.write(2, line.encode())
+            os._exit(128 + received)
+
+
+_listening: set[StopRequests] = set()
+_registered = False
+
+
+def _leave_it_to_the_thread(number: int, frame: FrameType | None) -> None:
+    """A handler there must be, or the system would act by itself."""
+
+
+def _register_fork_handler() -> None:
+    global _registered
+    if not _registered:  # it cannot be taken back, so once per process
+        os.register_at_fork(after_in_child=_stop_listening_in_child)
+        _registered = True
+
+
+def _stop_listening_in_child() -> None:
+    """A signal to a forked child is for the child: it would come out of its parent's pipe."""
+    for requests in list(_listening):
+        requests.stop_listening()
 
 
 class Watchdog:

@@ -98,7 +98,12 @@ class Trainer:
     """
 
     def __init__(
-        self, config: TrainConfig, *, model: nn.Module | None = None, optimizer: torch.optim.Optimizer | None = None
+        self,
+        config: TrainConfig,
+        *,
+        model: nn.Module | None = None,
+        optimizer: torch.optim.Optimizer | None = None,
+        stop_requests: StopRequests | None = None,
     ) -> None:
         """Checks everything that can be checked before the first step costs anything.
 
@@ -113,7 +118,7 @@ class Trainer:
         self.is_main = self.processes.is_main
         configure_logging(is_main=self.is_main)
         configure_torch(self.device, deterministic=config.training.deterministic)
-        self.stop_requests = StopRequests()
+        self.stop_requests = stop_requests or StopRequests()
         self.watchdog = Watchdog(config.training.watchdog_minutes)
         self.records: RunRecords | None = None  # of the main process alone
         self.progress = Progress(config.training.max_steps)

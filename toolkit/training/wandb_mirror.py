@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from toolkit.config import WandbConfig
-from toolkit.training.redact import redact
+from toolkit.redact import redact
 
 logger = logging.getLogger(__name__)
 

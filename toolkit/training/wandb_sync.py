@@ -17,8 +17,8 @@ from typing import Any
 
 from toolkit.config import TrainConfig, load_recipe, to_dict
 from toolkit.errors import UserError
+from toolkit.redact import redact
 from toolkit.training.metrics import damaged_lines, log_path, read_rows
-from toolkit.training.redact import redact
 from toolkit.training.run_folder import LOCK, RECIPE, RUN, STATUS
 from toolkit.training.wandb_mirror import (
     INIT_SECONDS,
