@@ -115,6 +115,14 @@ def test_audit_proves_or_names_the_step(
     lines[2]["digest"] = f"{int(lines[2]['digest'], 16) ^ 1:016x}"
     ledger.write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert "step 3 was trained on other ids" in refusal(capsys, "audit", str(run))
+    ledger.write_text("".join(original.splitlines(keepends=True)[1:]))
+    assert "ledger.jsonl begins with step 2 instead of 1" in refusal(capsys, "audit", str(run))
+    ledger.write_text("".join(original.splitlines(keepends=True)[:3]))
+    assert "ledger.jsonl ends with step 3, but there is a checkpoint of step 4" in refusal(capsys, "audit", str(run))
+    ledger.unlink()
+    assert "ledger.jsonl ends with step 0, but there is a checkpoint of step 4" in refusal(capsys, "audit", str(run))
+    ledger.write_text("x" + original)
+    assert "ledger.jsonl has 1 damaged lines (the first is line 1)" in refusal(capsys, "audit", str(run))
     ledger.write_text("".join(original.splitlines(keepends=True)[i] for i in (0, 2, 3)))
     assert "goes from step 1 to step 3" in refusal(capsys, "audit", str(run))
     repeated = [json.loads(line) for line in original.splitlines()]

@@ -379,6 +379,37 @@ def test_damaged_checkpoints(run: Path) -> None:
                 pass
 
 
+def test_a_run_whose_checkpoints_have_gone_does_not_begin_anew(run: Path) -> None:
+    with started(run) as (folder, _):
+        assert folder.saved_step == 5
+        folder.set_status("running", step=7)
+    (run / "checkpoints").rename(run / "elsewhere")
+    lost = "has had a checkpoint of step 5 and has none now; put its checkpoints back"
+    for remembering in ("status.json", "run.json"):  # each of the two is enough
+        (run / ("run.json" if remembering == "status.json" else "status.json")).unlink()
+        with pytest.raises(UserError, match=lost), started(run):
+            pass
+        if remembering == "status.json":
+            (run / "elsewhere").rename(run / "checkpoints")
+            with started(run):
+                pass
+            (run / "checkpoints").rename(run / "elsewhere")
+    (run / "elsewhere").rename(run / "checkpoints")
+    with started(run) as (_, opened):
+        assert opened.resolved.path == run / "checkpoints" / step_name(5)
+
+
+@pytest.mark.parametrize(
+    "make", [Path.mkdir, Path.touch, lambda path: path.write_text("{}x")], ids=["folder", "empty", "x"]
+)
+def test_a_damaged_status_is_put_aside_aloud(run: Path, make: Callable[[Path], object]) -> None:
+    make(run / "status.json")
+    with started(run) as (folder, opened):
+        assert opened.lines == [f"{run}/status.json was damaged: it is status.json.damaged now, and written anew"]
+        folder.set_status("running", step=5)
+    assert (run / "status.json.damaged").exists()
+
+
 def test_a_damaged_status_is_none(run: Path) -> None:
     folder = RunFolder(run)
     for data in (b"", b"{", b"[]", bytes(100)):

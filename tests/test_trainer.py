@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import os
+import shutil
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -403,6 +404,15 @@ def test_a_checkpoint_is_read_once_to_resume_from_it(
     for name in ("model.safetensors", "optimizer.safetensors"):
         path = run / "checkpoints/step-00000004" / name
         assert 0 < read[str(path)] <= path.stat().st_size
+
+
+def test_a_run_whose_checkpoints_have_gone_does_not_begin_anew(fit: Fit, tiny: TrainConfig) -> None:
+    run = fit(change(tiny, training={"max_steps": 4}))
+    before = (run / "metrics.jsonl").read_bytes()
+    shutil.rmtree(run / "checkpoints")
+    with pytest.raises(UserError, match="has had a checkpoint of step 4 and has none now"):
+        fit(tiny)
+    assert (run / "metrics.jsonl").read_bytes() == before
 
 
 def test_a_state_that_lacks_a_part_is_refused(fit: Fit, tiny: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,7 +16,9 @@ import numpy as np
 from toolkit.config import TrainConfig, load_recipe
 from toolkit.data.loader import Data, open_data, sample_order, training_loader, window_counts
 from toolkit.errors import UserError
-from toolkit.training.metrics import log_path, read_rows
+from toolkit.training.checkpoint import steps_in
+from toolkit.training.metrics import damaged_lines, log_path, read_rows
+from toolkit.training.run_folder import CHECKPOINTS
 
 STEPS_BETWEEN_LINES = 1000
 _MOST_PROBLEMS = 20  # named one by one; the rest is counted
@@ -32,6 +34,7 @@ def audit(run: Path, *, data_path: Sequence[str] = ()) -> Iterator[str]:
     config = load_recipe(run / "recipe.json")
     data = open_data(data_path or config.data.path)
     steps, skipped, problems = _read_ledger(run, config)
+    problems += _lost_rows(run, config, steps)
     yield from _redone_steps(run)
     windows = _Windows(data, config)
     for first, end in skipped:
@@ -46,7 +49,7 @@ def audit(run: Path, *, data_path: Sequence[str] = ()) -> Iterator[str]:
         raise UserError(f"{run}: {'; '.join(problems[:_MOST_PROBLEMS])}{more}")
     if steps:
         yield (
-            f"{run}: steps 1 to {steps[-1]['step']}, samples {steps[0]['first_sample']} to {steps[-1]['end_sample'] - 1}: "
+            f"{run}: steps {steps[0]['step']} to {steps[-1]['step']}, samples {steps[0]['first_sample']} to {steps[-1]['end_sample'] - 1}: "
             "every window that was trained on is in the shards, in the order of the recipe, once per epoch"
         )
     else:
@@ -66,7 +69,7 @@ def _read_ledger(run: Path, config: TrainConfig) -> tuple[list[dict[str, Any]], 
             position = row["skipped_end_sample"]
             continue
         first, end, step = row.get("first_sample"), row.get("end_sample"), row["step"]
-        if type(first) is not int or type(end) is not int or end - first != per_step:
+        if type(first) is not int or type(end) is not int or end - first != per_step or not 0 <= first < 2**53:
             problems.append(f"step {step} of ledger.jsonl does not name {per_step} samples")
             continue
         if steps and step != steps[-1]["step"] + 1:
@@ -78,17 +81,34 @@ def _read_ledger(run: Path, config: TrainConfig) -> tuple[list[dict[str, Any]], 
     return steps, skipped, problems
 
 
+def _lost_rows(run: Path, config: TrainConfig, steps: list[dict[str, Any]]) -> list[str]:
+    """What is missing at either end of the ledger, where no gap shows, and lines that are damaged."""
+    problems = []
+    damaged = damaged_lines(log_path(run, "ledger"))
+    if damaged:
+        problems.append(f"ledger.jsonl has {len(damaged)} damaged lines (the first is line {damaged[0]})")
+    first, last = (steps[0]["step"], steps[-1]["step"]) if steps else (1, 0)
+    if first > 1 and config.run.resume_from is None:
+        problems.append(f"ledger.jsonl begins with step {first} instead of 1")
+    saved = max(steps_in(run / CHECKPOINTS), default=0)
+    if saved > last and (steps or config.run.resume_from is None):
+        problems.append(f"ledger.jsonl ends with step {last}, but there is a checkpoint of step {saved}")
+    return problems
+
+
 def _redone_steps(run: Path) -> Iterator[str]:
     """The steps that more than one start has done, from run.json: only the last time counts for the weights."""
     try:
         starts = json.loads((run / "run.json").read_text())["starts"]
-    except (OSError, ValueError, KeyError):
+        redone = [
+            (start.get("time"), start.get("resumed_from") or 0, start.get("last_logged_step") or 0) for start in starts
+        ]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         yield f"{run}/run.json cannot be read: steps that were done again after a crash cannot be named"
         return
-    for number, start in enumerate(starts, 1):
-        resumed, reached = start.get("resumed_from") or 0, start.get("last_logged_step") or 0
+    for number, (time, resumed, reached) in enumerate(redone, 1):
         if reached > resumed:
-            yield f"start {number} ({start.get('time')}) did steps {resumed + 1} to {reached} again after a crash"
+            yield f"start {number} ({time}) did steps {resumed + 1} to {reached} again after a crash"
 
 
 def _check_step(row: dict[str, Any], windows: "_Windows") -> list[str]:

@@ -39,6 +39,7 @@ class RunRecords:
         self.folder = RunFolder(Path(config.run.dir))
         self.log = RunLog(self.folder.path)
         self.wandb = WandbMirror(config.wandb)
+        self._in_flight: int | None = None  # the step of a save in the background
         self._ended: Literal["finished", "preempted"] | None = None
         try:
             before = self.folder.status() or {}
@@ -169,8 +170,16 @@ class RunRecords:
             validation_loss=validation_loss,
             extra=extra,
         )
+        self._note_complete_save()  # `snapshot` has waited for the one before
+        self._in_flight = step
         self.writer.write(blocking=blocking)
+        if blocking:
+            self._note_complete_save()
         self.folder.set_status("running", step=step)
+
+    def _note_complete_save(self) -> None:
+        if self._in_flight is not None:
+            self.folder.saved_step, self._in_flight = self._in_flight, None
 
     def newest_checkpoint(self) -> Path | None:
         """The newest valid checkpoint, once the save in flight is done."""
@@ -182,6 +191,7 @@ class RunRecords:
         """Waits until the last checkpoint is on the disk, then writes the status that says how the run ended."""
         self.writer.wait()
         self.check()
+        self._note_complete_save()
         self.log.sync()
         self.folder.set_status(ended, step=step, reason=reason)
         self._ended = ended

@@ -44,6 +44,7 @@ from toolkit.training.files import (
     render_json,
     replace_file,
     sealed,
+    set_aside,
 )
 
 logger = logging.getLogger(__name__)
@@ -97,6 +98,7 @@ class RunFolder:
         self.path = path
         self.checkpoints = path / CHECKPOINTS
         self.run: dict[str, Any] = {}
+        self.saved_step: int | None = None  # of the newest checkpoint that is complete, for status.json
         self._copies: dict[str, bytes] = {}
         self._lines: list[str] = []
         self._lock: int | None = None
@@ -134,9 +136,13 @@ class RunFolder:
             resolved, loaded = load_newest(self.checkpoints)
             failpoint("run_folder.resolved")
             self._lines += [f"skipped the damaged checkpoint {name}: {reason}" for name, reason in resolved.skipped]
+            self.saved_step = loaded.step if loaded is not None else None
             is_new = resolved.path is None and not (self.path / RUN).exists() and not (self.path / RECIPE).exists()
             recipe = from_dict(TrainConfig, redact(to_dict(config)), where=RECIPE)
             self._read_run(resolved.path, is_new=is_new)
+            self._put_aside_what_is_no_status()
+            if resolved.path is None:
+                self._refuse_lost_checkpoints()
             changed = self._compare(self._read_recipe(resolved.path, is_new=is_new), recipe)
             resumed_from = None
             if resolved.path is not None:
@@ -167,6 +173,7 @@ class RunFolder:
             "schema_version": SCHEMA_VERSION,
             "status": status,
             "step": step,
+            "saved_step": self.saved_step,
             "reason": redact(reason),
             "updated": _now(),
         }
@@ -261,7 +268,22 @@ class RunFolder:
 
     def _set_aside(self, path: Path) -> None:
         if os.path.lexists(path):
-            path.replace(path.with_name(f"{path.name}.damaged"))
+            set_aside(path)
+
+    def _put_aside_what_is_no_status(self) -> None:
+        path = self.path / STATUS
+        if os.path.lexists(path) and self.status() is None:
+            self._lines.append(f"{path} was damaged: it is {set_aside(path).name} now, and written anew")
+
+    def _refuse_lost_checkpoints(self) -> None:
+        """Refuses to start a run from step 0 that has had a checkpoint; run.json and status.json remember it."""
+        known = [(self.status() or {}).get("saved_step"), *(start.get("resumed_from") for start in self.run["starts"])]
+        saved = max((step for step in known if type(step) is int), default=None)
+        if saved is not None:
+            raise UserError(
+                f"{self.path} has had a checkpoint of step {saved} and has none now; put its checkpoints back, or start anew "
+                "in another --run.dir"
+            )
 
     def _compare(self, old: TrainConfig | None, new: TrainConfig) -> dict[str, list[Any]]:
         """Settings that differ from the start before and may. Raises: UserError with a table of those that may not."""
