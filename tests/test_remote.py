@@ -25,6 +25,8 @@ from tests.hub_server import Hub
 from toolkit.data import remote
 from toolkit.data.loader import open_data, sample_windows, training_loader, validation_loader
 from toolkit.data.manifest import read_manifest
+from toolkit.data.remote import verify_remote
+from toolkit.data.shards import verify_data
 from toolkit.errors import UserError
 
 SETTINGS: dict[str, Any] = {"sequence_length": 16, "seed": 3, "shuffle_group_shards": 2}
@@ -414,6 +416,40 @@ def test_a_full_disk_is_one_clear_line(server: Server, tmp_path: Path, monkeypat
     monkeypatch.setenv("TOOLKIT_FAILPOINTS", "remote.before-rename=fail@3+")
     with pytest.raises(UserError, match=r"the cache of remote shards: .*No space left on device"):
         digests_of(server.url, SHARDS * PER_SHARD, cache=tmp_path / "cache")
+
+
+# ---------------------------------------------------------------------------------------------------------- verify
+
+
+def test_a_set_far_away_is_verified_like_a_folder(server: Server, folder: Path, tmp_path: Path) -> None:
+    server.faults["train_000003.bin"] = times(1, drop)
+    assert list(verify_remote(server.url)) == list(verify_data(folder))
+    assert not list(tmp_path.glob("cache*"))
+    server.faults["val_000001.bin"] = status(404)
+    for name, start, data in (
+        ("train_000001.bin", 1024 + 2 * 5, b"\0\0"),
+        ("train_000002.bin", 1024 + 2 * 5, b"\xff\xff"),
+        ("train_000005.bin", SHARD_BYTES, b"more"),
+        ("train_000006.bin", 0, b"none"),
+    ):
+        with (folder / name).open("r+b") as file:
+            file.seek(start)
+            file.write(data)
+    os.truncate(folder / "train_000004.bin", SHARD_BYTES - 3)
+    lines = []
+    with pytest.raises(UserError) as caught:
+        lines += verify_remote(server.url)
+    for part in (
+        f"{server.url} has 6 problems: ",
+        "train_000001.bin was changed: its sha256 is ",
+        "train_000002.bin: id 65535 at token 5 is not below",
+        f"train_000004.bin has {SHARD_BYTES - 3} bytes, but the {TOKENS} tokens in its header make {SHARD_BYTES}",
+        f"train_000005.bin has {SHARD_BYTES + 1} bytes, but the",  # no more of it is asked for
+        "train_000006.bin: header says magic ",
+        "val_000001.bin: HTTP status 404",
+    ):
+        assert part in str(caught.value)
+    assert "\n" not in str(caught.value)
 
 
 # ---------------------------------------------------------------------------------------------------------- the Hub

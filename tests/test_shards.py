@@ -420,7 +420,9 @@ def test_adopting_names_every_problem(llm_c: Path) -> None:
     os.truncate(llm_c / "fineweb_train_000006.bin", 1100)
     write_llm_c(llm_c / "fineweb_train_000007.bin", np.array([3, 50257], dtype=np.uint16))
     write_llm_c(llm_c / "fineweb_train_000008.bin", ids[:0])
+    (llm_c / "fineweb_train_000009.bin").write_bytes((llm_c / "fineweb_train_000004.bin").read_bytes()[:100])
     write_llm_c(llm_c / "other.bin", ids)
+    write_llm_c(llm_c / "my train.bin", ids)
     with pytest.raises(UserError) as caught:
         adopt(llm_c, load_tokenizer("gpt2"))
     for part in (
@@ -430,9 +432,18 @@ def test_adopting_names_every_problem(llm_c: Path) -> None:
         "fineweb_train_000006.bin has 1100 bytes, but the 100 tokens in its header make 1224",
         "fineweb_train_000007.bin: id 50257 at token 1 is not below vocab_size=50257",
         "fineweb_train_000008.bin: the header counts 0 tokens",
+        "fineweb_train_000009.bin has 100 bytes, less than the 1024 of a shard's header",
+        "my train.bin: a shard name may hold only letters, digits, '.', '_' and '-', and ends in .bin; rename it",
     ):
         assert part in str(caught.value)
     assert not (llm_c / "manifest.json").exists()
+
+
+def test_a_missing_split_is_said(llm_c: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (llm_c / "fineweb_val_000000.bin").unlink()
+    manifest = adopt(llm_c, load_tokenizer("gpt2"))
+    assert manifest.totals("val")["tokens"] == 0
+    assert f"{llm_c} has no val shard, and a run needs one; rename a shard" in caplog.text
 
 
 def test_a_folder_without_shards_cannot_be_adopted(tmp_path: Path) -> None:

@@ -78,12 +78,20 @@ def adopt(folder: Positional[Path], /, *, tokenizer: str = "gpt2") -> None:
     print(f"{folder}: adopted, fingerprint {manifest.fingerprint[:12]}")
 
 
-def verify(path: Positional[Path], /) -> None:
+def verify(where: Positional[str], /) -> None:
     """Checks every byte of a data set, a checkpoint, or all checkpoints of a run against their manifests.
 
     Args:
-        path: a prepared data folder, a checkpoint folder, or a run folder.
+        where: a prepared data folder or its URL (https://, hf://, s3://, ...), a checkpoint folder, or a run folder.
     """
+    from toolkit.data.manifest import is_url
+
+    if is_url(where):
+        from toolkit.data.remote import verify_remote
+
+        _print_lines(verify_remote(where))
+        return
+    path = Path(where)
     if not path.is_dir():
         raise UserError(f"there is no folder {path}; give a prepared data set, a checkpoint or a run")
     if (path / "checkpoints").is_dir() or (path / "model.safetensors").exists() or (path / "state.json").exists():

@@ -24,7 +24,7 @@ import torch
 import xxhash
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from toolkit.data.manifest import TOKENIZER_FILE, Manifest, Split, TokenizerInfo, read_manifest
+from toolkit.data.manifest import TOKENIZER_FILE, Manifest, Split, TokenizerInfo, is_url, read_manifest
 from toolkit.data.order import Int64, SampleOrder, quotas
 from toolkit.data.shards import Ids, Shard, open_shards
 from toolkit.errors import UserError
@@ -152,11 +152,6 @@ def _unique_names(paths: Sequence[str]) -> list[str]:
     return names
 
 
-def is_url(path: str) -> bool:
-    """True for a set far away, false for a folder."""
-    return "://" in path
-
-
 def _open_set(path: str, *, name: str, weight: float, fetcher: "Fetcher | None") -> DataSet:
     if is_url(path):
         from toolkit.data.remote import open_remote
@@ -193,7 +188,11 @@ def window_counts(data_set: DataSet, split: Split, *, sequence_length: int) -> I
     tokens = np.asarray([shard.info.tokens for shard in data_set.shards[split]], dtype=np.int64)
     counts: Int64 = (tokens - 1) // sequence_length
     if not counts.any():
-        longest = f"the longest has {tokens.max()}" if len(tokens) else "there is no shard"
+        if not len(tokens):
+            raise UserError(
+                f"{data_set.path} has no {split} shard; a run needs a train and a val split, add a shard to it"
+            )
+        longest = f"the longest has {tokens.max()}"
         raise UserError(
             f"{data_set.path}: no {split} shard holds a window of sequence_length + 1 = {sequence_length + 1} tokens "
             f"({longest}); lower --data.sequence-length or prepare more text"

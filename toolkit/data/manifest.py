@@ -32,6 +32,7 @@ MAX_SHARD_TOKENS = 2**31 - 1  # the shard's header counts in int32
 MAX_MANIFEST_BYTES = 16 * 2**20  # about 50,000 shards; a larger file is not a manifest
 
 _SAFE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,199}")
+UNSAFE_NAME = "a shard name may hold only letters, digits, '.', '_' and '-', and ends in .bin"
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
@@ -151,10 +152,15 @@ def _manifest_problems(manifest: Manifest) -> list[str]:
     return problems
 
 
+def is_safe_shard_name(name: str) -> bool:
+    """Whether a name can only mean a file in the folder of the set, on any system."""
+    return bool(_SAFE_NAME.fullmatch(name)) and name.endswith(".bin")
+
+
 def _shard_info_problems(shard: ShardInfo, tokenizer: TokenizerInfo) -> list[str]:
     problems = []
-    if not _SAFE_NAME.fullmatch(shard.file) or not shard.file.endswith(".bin"):
-        problems.append("a shard name may hold only letters, digits, '.', '_' and '-', and ends in .bin")
+    if not is_safe_shard_name(shard.file):
+        problems.append(UNSAFE_NAME)
     if not 1 <= shard.tokens <= MAX_SHARD_TOKENS:
         problems.append(f"tokens={shard.tokens} must be from 1 to {MAX_SHARD_TOKENS}")
     if not 0 <= shard.documents <= shard.tokens:
@@ -229,6 +235,11 @@ def _fields(values: Any, where: str, types: Mapping[str, type]) -> dict[str, Any
         if type(values[name]) is not kind:  # `True` is no count
             raise UserError(f"{where}.{name}={str(values[name])[:80]!r} is not of type {kind.__name__}")
     return values
+
+
+def is_url(path: str) -> bool:
+    """True for a set far away, false for a folder."""
+    return "://" in path
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:

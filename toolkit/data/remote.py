@@ -18,6 +18,7 @@ import http.client
 import logging
 import os
 import re
+import tempfile
 import threading
 import time
 import urllib.error
@@ -40,7 +41,16 @@ from toolkit.data.manifest import (
     open_regular,
     write_durably,
 )
-from toolkit.data.shards import HEADER_BYTES, Shard, header_problem, read_at, shard_bytes
+from toolkit.data.shards import (
+    HEADER_BYTES,
+    Shard,
+    content_problems,
+    header_problem,
+    read_at,
+    scan_shard,
+    shard_bytes,
+    verify_shards,
+)
 from toolkit.errors import UserError, describe_os_error
 from toolkit.failpoint import failpoint
 
@@ -637,9 +647,7 @@ def open_remote(url: str, *, name: str, fetcher: Fetcher) -> RemoteSet:
     Raises: UserError if they cannot be read or the manifest is not as it should be. The tokenizer is checked by who loads it.
     """
     source = RemoteFolder(url)
-    manifest = decode_manifest(
-        source.read_small(MANIFEST_FILE, limit=MAX_MANIFEST_BYTES), where=f"{source.where}/{MANIFEST_FILE}"
-    )
+    manifest = _read_manifest(source)
     folder = manifest.fingerprint[:32]
     keys = {
         split: [_Key(folder=folder, info=info, manifest=manifest, source=source) for info in infos]
@@ -672,3 +680,46 @@ def open_remote(url: str, *, name: str, fetcher: Fetcher) -> RemoteSet:
         fetcher=fetcher,
         keys=keys,
     )
+
+
+def _read_manifest(source: RemoteFolder) -> Manifest:
+    data = source.read_small(MANIFEST_FILE, limit=MAX_MANIFEST_BYTES)
+    return decode_manifest(data, where=f"{source.where}/{MANIFEST_FILE}")
+
+
+def verify_remote(url: str) -> Iterator[str]:
+    """Reads every byte of the set behind a URL, keeping none, and compares it with the manifest there; lines as for a folder.
+
+    Raises: UserError at the end, naming every problem; shards that the manifest does not know cannot be seen from here.
+    """
+    source = RemoteFolder(url)
+    manifest = _read_manifest(source)
+
+    def problems_of(info: ShardInfo) -> Iterator[str]:
+        where, size = f"{source.where}/{info.file}", shard_bytes(info.tokens, manifest.dtype)
+        try:
+            pieces = source.patiently(info.file, size + 1, patience=OUTAGE_SECONDS)
+            found = scan_shard(pieces, file=info.file, where=where, size=size, tokenizer=manifest.tokenizer)
+        except UserError as error:
+            yield str(error)
+        else:
+            yield from content_problems(found, info, where=where)
+
+    return verify_shards(
+        manifest, where=source.where, known_problems=_tokenizer_problems(source, manifest), problems_of=problems_of
+    )
+
+
+def _tokenizer_problems(source: RemoteFolder, manifest: Manifest) -> Iterator[str]:
+    if manifest.tokenizer.name in SET_TOKENIZERS:
+        return
+    from toolkit.data.tokenizer import load_tokenizer  # only a tokenizer of one's own has a file here
+
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder) / TOKENIZER_FILE
+        try:
+            copy.write_bytes(source.read_small(TOKENIZER_FILE, limit=MAX_TOKENIZER_BYTES))
+            if load_tokenizer(str(copy)).sha256 != manifest.tokenizer.sha256:
+                yield f"{source.where}/{TOKENIZER_FILE} is not the tokenizer that {MANIFEST_FILE} names: its sha256 differs"
+        except UserError as error:
+            yield str(error).replace(str(copy), f"{source.where}/{TOKENIZER_FILE}")

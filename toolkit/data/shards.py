@@ -19,7 +19,7 @@ import re
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -33,10 +33,12 @@ from toolkit.data.manifest import (
     SCHEMA_VERSION,
     SPLITS,
     TOKENIZER_FILE,
+    UNSAFE_NAME,
     Manifest,
     ShardInfo,
     Split,
     TokenizerInfo,
+    is_safe_shard_name,
     open_regular,
     read_manifest,
     sync_folder,
@@ -85,7 +87,7 @@ MAGIC_VERSION: dict[np.dtype[Any], tuple[int, int]] = {
     np.dtype("<u4"): (20240801, 7),
 }
 MAX_OPEN_FILES = 64  # shards kept open per process, well below the usual limit of 1,024 files
-CHUNK_TOKENS = 2**22  # ids held at one time when a whole shard is scanned
+SCAN_BYTES = 2**23  # of a shard held at one time when all of it is scanned [bytes]
 
 _NUMBERED = re.compile(r"(.*?)(\d+)\.bin")
 
@@ -151,6 +153,11 @@ class ShardWriter:
             self.tokens += len(ids)
         self.documents += documents
         self.utf8_bytes += utf8_bytes
+
+    def sync(self) -> None:
+        """Brings what was appended so far to disk, still under the temporary name."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
 
     def close(self) -> ShardInfo:
         """Completes the file under its own name and describes it."""
@@ -280,12 +287,20 @@ class Shard:
 
         Raises: UserError naming the shard and the offset of the first one that is not.
         """
-        if len(ids) and int(ids.max()) >= self.vocab_size:
-            offset = int(np.argmax(ids >= self.vocab_size))
-            raise UserError(
-                f"{self.where}: id {int(ids[offset])} at token {start + offset} is not below vocab_size={self.vocab_size}; "
-                "the shard is damaged or of another tokenizer, see `toolkit verify`"
-            )
+        check_ids(ids, start, vocab_size=self.vocab_size, where=self.where)
+
+
+def check_ids(ids: Ids, start: int, *, vocab_size: int, where: str) -> None:
+    """Checks that these ids, which stand at `start` of the shard `where`, are in the vocabulary.
+
+    Raises: UserError naming the shard and the offset of the first one that is not.
+    """
+    if len(ids) and int(ids.max()) >= vocab_size:
+        offset = int(np.argmax(ids >= vocab_size))
+        raise UserError(
+            f"{where}: id {int(ids[offset])} at token {start + offset} is not below vocab_size={vocab_size}; the shard is "
+            "damaged or of another tokenizer, see `toolkit verify`"
+        )
 
 
 def open_shards(folder: Path, split: Split, *, manifest: Manifest | None = None) -> list[Shard]:
@@ -333,6 +348,8 @@ def header_problem(header: bytes, tokens: int, dtype: np.dtype[Any], *, where: s
     """What is wrong with a shard's header for this many ids of this type, or None."""
     if header == shard_header(tokens, dtype):
         return None
+    if len(header) < HEADER_BYTES:
+        return f"{where} has {len(header)} bytes, less than the {HEADER_BYTES} of a shard's header"
     magic, version = MAGIC_VERSION[dtype]
     found = [int(value) for value in np.frombuffer(header[:12].ljust(12, b"\0"), dtype="<i4")]
     if found != [magic, version, tokens]:
@@ -351,22 +368,36 @@ def verify_data(folder: Path) -> Iterator[str]:
     """
     folder = Path(folder)
     manifest = read_manifest(folder)
-    problems = list(_folder_problems(folder, manifest))
+    return verify_shards(
+        manifest,
+        where=str(folder),
+        known_problems=_folder_problems(folder, manifest),
+        problems_of=lambda info: _shard_content_problems(folder / info.file, info, manifest),
+    )
+
+
+def verify_shards(
+    manifest: Manifest, *, where: str, known_problems: Iterable[str], problems_of: Callable[[ShardInfo], Iterable[str]]
+) -> Iterator[str]:
+    """A line for each split and shard of a set, wherever it lies; `problems_of` reads a shard.
+
+    Raises: UserError at the end, naming every problem.
+    """
+    problems = list(known_problems)
     for split in SPLITS:
+        problems += numbering_problems([info.file for info in manifest.splits[split]])
         totals = manifest.totals(split)
         yield f"{split}: {len(manifest.splits[split])} shards, {totals['tokens']} tokens, {totals['documents']} documents"
         for info in manifest.splits[split]:
-            found = list(_shard_content_problems(folder / info.file, info, manifest))
+            found = list(problems_of(info))
             problems += found
             yield f"{info.file}: {info.tokens} tokens, {'; '.join(found) or 'ok'}"
     if problems:
-        raise UserError(f"{folder} has {len(problems)} problem{'s' * (len(problems) > 1)}: {'; '.join(problems)}")
+        raise UserError(f"{where} has {len(problems)} problem{'s' * (len(problems) > 1)}: {'; '.join(problems)}")
     yield f"fingerprint {manifest.fingerprint}"
 
 
 def _folder_problems(folder: Path, manifest: Manifest) -> Iterator[str]:
-    for split in SPLITS:
-        yield from numbering_problems([info.file for info in manifest.splits[split]])
     known = {info.file for split in SPLITS for info in manifest.splits[split]}
     for path in sorted(folder.glob("*.bin")):
         if path.name not in known:
@@ -404,58 +435,104 @@ def _shard_content_problems(path: Path, info: ShardInfo, manifest: Manifest) -> 
         return
     try:
         found = _scan(path, tokenizer=manifest.tokenizer)
-    except (UserError, OSError) as error:
+    except UserError as error:
         yield str(error)
         return
+    yield from content_problems(found, info, where=str(path))
+
+
+def content_problems(found: ShardInfo, info: ShardInfo, *, where: str) -> Iterator[str]:
+    """A line for each thing that differs between a shard's content and what the manifest says of it."""
     if found.sha256 != info.sha256:
-        yield f"{path} was changed: its sha256 is {found.sha256}, not {info.sha256}"
+        yield f"{where} was changed: its sha256 is {found.sha256}, not {info.sha256}"
     if found.largest_id != info.largest_id:
-        yield f"{path} holds ids up to {found.largest_id}, not {info.largest_id}"
+        yield f"{where} holds ids up to {found.largest_id}, not {info.largest_id}"
     if found.documents != info.documents:
-        yield f"{path} holds {found.documents} document starts, not {info.documents}"
+        yield f"{where} holds {found.documents} document starts, not {info.documents}"
 
 
 def _scan(path: Path, *, tokenizer: TokenizerInfo, token_bytes: npt.NDArray[np.int64] | None = None) -> ShardInfo:
-    """What a shard file really holds, read once in chunks; UTF-8 bytes only with `token_bytes` (V,), else 0.
+    """What a shard file really holds; UTF-8 bytes only with `token_bytes` (V,), else 0.
 
-    Raises: UserError if it is no shard for this vocabulary size, or holds an id outside it.
+    Raises: UserError if it is no shard for this vocabulary size, holds an id outside it, or cannot be read.
+    """
+    try:
+        with open_regular(path) as file:
+            size = os.fstat(file.fileno()).st_size
+            pieces = iter(lambda: file.read(SCAN_BYTES), b"")
+            return scan_shard(
+                pieces, file=path.name, where=str(path), size=size, tokenizer=tokenizer, token_bytes=token_bytes
+            )
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror or error} when it was read; check the disk") from error
+
+
+def scan_shard(
+    pieces: Iterable[bytes],
+    *,
+    file: str,
+    where: str,
+    size: int,
+    tokenizer: TokenizerInfo,
+    token_bytes: npt.NDArray[np.int64] | None = None,
+) -> ShardInfo:
+    """What the bytes of a shard hold, which come in pieces of any length and should be `size` in all.
+
+    Raises: UserError if they are no shard for this vocabulary size, or hold an id outside it.
     """
     dtype = token_dtype(tokenizer.vocab_size)
     digest = hashlib.sha256()
-    largest = documents = utf8_bytes = done = 0
-    with open_regular(path) as file:
-        header = file.read(HEADER_BYTES)
-        tokens = int(np.frombuffer(header[8:12].ljust(4, b"\0"), dtype="<i4")[0])
-        problem = header_problem(header, tokens, dtype, where=str(path))
-        size, expected = os.fstat(file.fileno()).st_size, shard_bytes(tokens, dtype)
-        if problem is None and not 1 <= tokens <= MAX_SHARD_TOKENS:
-            problem = f"{path}: the header counts {tokens} tokens, which must be from 1 to {MAX_SHARD_TOKENS}"
-        if problem is None and size != expected:
-            problem = f"{path} has {size} bytes, but the {tokens} tokens in its header make {expected}"
-        if problem:
-            raise UserError(problem)
-        digest.update(header)
-        buffer: Ids = np.empty(min(tokens, CHUNK_TOKENS), dtype=dtype)
-        shard = Shard(
-            info=ShardInfo(file=path.name, tokens=tokens, documents=0, utf8_bytes=0, sha256="", largest_id=0),
-            where=str(path),
-            dtype=dtype,
-            vocab_size=tokenizer.vocab_size,
-            source=functools.partial(read_at, file),
+    header, rest = b"", b""
+    tokens = largest = documents = utf8_bytes = done = 0
+    for piece in pieces:
+        digest.update(piece)
+        rest += piece
+        if not header:
+            if len(rest) < HEADER_BYTES:
+                continue
+            header, rest = rest[:HEADER_BYTES], rest[HEADER_BYTES:]
+            tokens = _tokens_in_header(header, dtype, size=size, where=where)
+        ids = np.frombuffer(rest, dtype, len(rest) // dtype.itemsize)
+        rest = rest[ids.nbytes :]
+        if not len(ids):
+            continue
+        check_ids(ids, done, vocab_size=tokenizer.vocab_size, where=where)
+        largest = max(largest, int(ids.max()))
+        documents += int(np.count_nonzero(ids == tokenizer.eot_id))
+        if token_bytes is not None:
+            utf8_bytes += int(np.bincount(ids, minlength=tokenizer.vocab_size) @ token_bytes)
+        done += len(ids)
+    if not header:
+        raise UserError(f"{where} has {len(rest)} bytes, less than the {HEADER_BYTES} of a shard's header")
+    if done != tokens or rest:
+        found = HEADER_BYTES + done * dtype.itemsize + len(rest)
+        raise UserError(
+            f"{where} has {found} bytes, but the {tokens} tokens in its header make {shard_bytes(tokens, dtype)}"
         )
-        while done < tokens:
-            ids = buffer[: min(CHUNK_TOKENS, tokens - done)]
-            shard.read_into(ids, done)
-            digest.update(ids.data)
-            shard.check(ids, done)
-            largest = max(largest, int(ids.max()))
-            documents += int(np.count_nonzero(ids == tokenizer.eot_id))
-            if token_bytes is not None:
-                utf8_bytes += int(np.bincount(ids, minlength=tokenizer.vocab_size) @ token_bytes)
-            done += len(ids)
-    return replace(
-        shard.info, documents=documents, utf8_bytes=utf8_bytes, sha256=digest.hexdigest(), largest_id=largest
+    return ShardInfo(
+        file=file,
+        tokens=tokens,
+        documents=documents,
+        utf8_bytes=utf8_bytes,
+        sha256=digest.hexdigest(),
+        largest_id=largest,
     )
+
+
+def _tokens_in_header(header: bytes, dtype: np.dtype[Any], *, size: int, where: str) -> int:
+    """The count in a header of a shard of these ids and this size of the file.
+
+    Raises: UserError if they do not fit together.
+    """
+    tokens = int(np.frombuffer(header[8:12], dtype="<i4")[0])
+    problem = header_problem(header, tokens, dtype, where=where)
+    if problem is None and not 1 <= tokens <= MAX_SHARD_TOKENS:
+        problem = f"{where}: the header counts {tokens} tokens, which must be from 1 to {MAX_SHARD_TOKENS}"
+    if problem is None and size != shard_bytes(tokens, dtype):
+        problem = f"{where} has {size} bytes, but the {tokens} tokens in its header make {shard_bytes(tokens, dtype)}"
+    if problem:
+        raise UserError(problem)
+    return tokens
 
 
 def adopt(folder: Path, tokenizer: "Tokenizer") -> Manifest:
@@ -479,6 +556,7 @@ def adopt(folder: Path, tokenizer: "Tokenizer") -> Manifest:
         for name in names
         if not _split_of(name)
     ]
+    problems += [f"{name}: {UNSAFE_NAME}; rename it" for name in names if not is_safe_shard_name(name)]
     for split in SPLITS:
         problems += numbering_problems(splits[split])
     info = TokenizerInfo(
@@ -497,6 +575,11 @@ def adopt(folder: Path, tokenizer: "Tokenizer") -> Manifest:
             logger.info("%s: %d tokens, %d documents", name, found.tokens, found.documents)
     if problems:
         raise UserError(f"{folder} cannot be adopted: {'; '.join(problems)}")
+    for split in SPLITS:
+        if not splits[split]:
+            logger.warning(
+                "%s has no %s shard, and a run needs one; rename a shard that the other split can spare", folder, split
+            )
     manifest = Manifest(
         schema_version=SCHEMA_VERSION,
         source={"kind": "adopted", "format": "llm.c"},

@@ -4,10 +4,9 @@ Guarantees: which id lies in which shard depends on the ids alone, not on how th
 interrupted.
 """
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -128,9 +127,7 @@ class SplitWriter:
         """Brings the open shard to disk and says what it holds."""
         if self._writer is None:
             return None
-        file: IO[bytes] = self._writer._file
-        file.flush()
-        os.fsync(file.fileno())
+        self._writer.sync()
         return OpenShard(
             tokens=self._writer.tokens,
             documents=self._writer.documents,
