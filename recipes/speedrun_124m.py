@@ -35,7 +35,7 @@ CONFIG = TrainConfig(
     optimizer=OptimizerConfig(
         name="muon",
         muon_learning_rate=0.02,
-        learning_rate=6e-3,  # AdamW's, for embeddings, biases and gains
+        learning_rate=2e-3,  # AdamW's, for embeddings, biases and gains
         weight_decay=0.1,
     ),
     schedule=ScheduleConfig(

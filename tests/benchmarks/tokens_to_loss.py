@@ -1,9 +1,9 @@
 """How many tokens `recipes/speedrun_124m.py` (Muon) needs to reach the final validation loss of `recipes/train_124m.py`
 (AdamW), on a GPT-2 of 5 million parameters and the bytes of Python's standard library.
 
-Both recipes are run as they are, with a smaller model, fewer and smaller steps, and their schedules scaled to the length of
-the run. AdamW's learning rate is chosen among --adamw-rates and Muon's among --muon-rates, by the final validation loss of
-seed 1; the best of each is then run with the other seeds. Every run is a process of its own with one thread, and a
+Both recipes are run as they are, with a smaller model, fewer and smaller steps (4,096 bytes), and their schedules scaled to
+the length of the run. AdamW's learning rate is chosen among --adamw-rates and Muon's among --muon-rates, by the final validation loss
+of seed 1; the best of each is then run with the other seeds. Every run is a process of its own with one thread, and a
 finished run is not repeated. The table, the curves and a picture go to --out.
 
     toolkit prepare stdlib --out data/stdlib-bytes --tokenizer bytes
@@ -24,21 +24,17 @@ from pathlib import Path
 from typing import Any
 
 from recipes import speedrun_124m, train_124m
+from tests.support import ROOT, change, environment, flags
 from toolkit.config import TrainConfig
 
 TOKENS_PER_STEP = 4096
 SEQUENCE_LENGTH = 128
-# 5.06 million parameters.
-MODEL = ("--model.n-layer", "4", "--model.n-head", "5", "--model.n-embd", "320", "--model.vocab-size", "257")
-SHAPE = (*MODEL, "--model.context-length", str(SEQUENCE_LENGTH), "--data.sequence-length", str(SEQUENCE_LENGTH))
+MODEL = {"n_layer": 4, "n_head": 5, "n_embd": 320, "vocab_size": 257, "context_length": SEQUENCE_LENGTH}  # 5.06 million
 POINTS = 8  # validations on the way
 SEEDS = (1, 2, 3)
-ADAMW_RATES = (1e-3, 2e-3, 3e-3, 4e-3, 6e-3, 8e-3)
-MUON_RATES = (0.01, 0.02, 0.03, 0.04, 0.06)
-RECIPES = {
-    "adamw": ("recipes/train_124m.py", train_124m.CONFIG),
-    "muon": ("recipes/speedrun_124m.py", speedrun_124m.CONFIG),
-}
+ADAMW_RATES = (2.5e-4, 5e-4, 7e-4, 1e-3, 2e-3)
+MUON_RATES = (0.02, 0.04, 0.06)
+RECIPES = {"adamw": train_124m, "muon": speedrun_124m}
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,58 +45,48 @@ class Run:
     rate: float  # AdamW's peak learning rate, or Muon's
     seed: int
     steps: int
-    extra: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
         """The folder's name."""
-        return "-".join([self.optimizer, f"{self.rate:g}", f"{self.steps}", f"seed{self.seed}", *self.extra]).replace(
-            "/", "_"
-        )
+        return f"{self.optimizer}-{self.rate:g}-{self.steps}-seed{self.seed}"
 
 
-def scaled_schedule(config: TrainConfig, steps: int) -> list[str]:
-    """The recipe's schedule with its warm-up and decay shrunk to `steps` steps, as flags."""
-    warmup = max(1, round(config.schedule.warmup_steps * steps / config.training.max_steps))
-    return ["--schedule.warmup-steps", str(warmup), "--schedule.decay-steps", str(steps - warmup)]
+def config_of(run: Run, *, data: str, folder: Path) -> TrainConfig:
+    """The recipe with the small model, the run's rate and seed, and its schedule shrunk to the run's length."""
+    recipe = RECIPES[run.optimizer].CONFIG
+    warmup = max(1, round(recipe.schedule.warmup_steps * run.steps / recipe.training.max_steps))
+    return change(
+        recipe,
+        run={"dir": str(folder / run.name)},
+        model=MODEL,
+        data={"path": (data,), "sequence_length": SEQUENCE_LENGTH},
+        training={
+            "seed": run.seed,
+            "max_steps": run.steps,
+            "tokens_per_step": TOKENS_PER_STEP,
+            "micro_batch_size": TOKENS_PER_STEP // SEQUENCE_LENGTH,
+            "precision": "fp32",
+            "eval_every": max(1, run.steps // POINTS),
+            "checkpoint_every": None,
+            "sample_every": None,
+        },
+        optimizer={"learning_rate" if run.optimizer == "adamw" else "muon_learning_rate": run.rate},
+        schedule={"warmup_steps": warmup, "decay_steps": run.steps - warmup},
+        evaluation={"max_tokens": 32_768, "micro_batch_size": 32},
+        wandb={"mode": "disabled"},
+    )
 
 
 def train(run: Run, *, data: str, folder: Path) -> list[dict[str, Any]]:
     """Trains (or finds the finished run) and returns its validations: step, tokens, loss/val."""
-    recipe, config = RECIPES[run.optimizer]
-    where = folder / run.name
-    flag = "--optimizer.learning-rate" if run.optimizer == "adamw" else "--optimizer.muon-learning-rate"
-    command = [sys.executable, recipe, *SHAPE, "--run.dir", str(where), "--data.path", data, flag, str(run.rate)]
-    command += [
-        "--training.seed",
-        str(run.seed),
-        "--training.max-steps",
-        str(run.steps),
-        *scaled_schedule(config, run.steps),
-    ]
-    command += ["--training.tokens-per-step", str(TOKENS_PER_STEP), "--training.precision", "fp32"]
-    command += [
-        "--training.micro-batch-size",
-        str(TOKENS_PER_STEP // SEQUENCE_LENGTH),
-        "--training.sample-every",
-        "None",
-    ]
-    command += ["--training.eval-every", str(max(1, run.steps // POINTS)), "--training.checkpoint-every", "None"]
-    command += [
-        "--evaluation.max-tokens",
-        "32768",
-        "--evaluation.micro-batch-size",
-        "32",
-        "--wandb.mode",
-        "disabled",
-        *run.extra,
-    ]
-    done = subprocess.run(
-        command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": "."}
-    )
+    recipe = RECIPES[run.optimizer]
+    command = [sys.executable, f"recipes/{Path(recipe.__file__).name}"]
+    command += flags(config_of(run, data=data, folder=folder), recipe.CONFIG)
+    done = subprocess.run(command, capture_output=True, text=True, env=environment(OMP_NUM_THREADS="1"), cwd=ROOT)
     if done.returncode:
         raise SystemExit(f"{run.name} failed:\n{done.stderr[-3000:]}")
-    rows = [json.loads(line) for line in (where / "metrics.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (folder / run.name / "metrics.jsonl").read_text().splitlines()]
     curve = [{key: row[key] for key in ("step", "tokens", "loss/val")} for row in rows if "loss/val" in row]
     print(f"{run.name:<40} {curve[-1]['tokens']:>9,} tokens: validation loss {curve[-1]['loss/val']:.4f}", flush=True)
     return curve
@@ -204,8 +190,8 @@ def main() -> None:
     parser.add_argument(
         "--jobs", type=int, default=len(os.sched_getaffinity(0)), help="runs at a time, one thread each"
     )
-    parser.add_argument("--runs", type=Path, default=Path("runs/tokens-to-loss"))
-    parser.add_argument("--out", type=Path, default=Path("tests/benchmarks/results"))
+    parser.add_argument("--runs", type=Path, default=ROOT / "runs/tokens-to-loss")
+    parser.add_argument("--out", type=Path, default=ROOT / "tests/benchmarks/results")
     arguments = parser.parse_args()
     print(write_report(compare(arguments), arguments))
 
