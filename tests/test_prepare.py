@@ -575,14 +575,14 @@ def test_the_totals_account_for_every_document(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text(
         '{"text": "one"}\n\n{"text": ""}\n{"text": null}\n{"text": " "}\n{"text": "\\ud800 <|endoftext|>"}\n'
     )
-    (tmp_path / "b.txt").write_bytes(b"\xef\xbb\xbftwo")
+    (tmp_path / "b.txt").write_bytes(b"\xef\xbb\xbftwo" + b" two" * 500)
     (tmp_path / "c.md").write_text("ignored")
     result = prepare(tmp_path, tmp_path / ".out")
     text = "\n".join(result.lines)
     size = sum((tmp_path / name).stat().st_size for name in ("a.jsonl", "b.txt"))
     for part in (
-        f"read 2 files, {size} bytes, 6 documents; ignored 1 files with other endings",
-        "kept 4 documents, 24 UTF-8 bytes",
+        f"read 2 files, {size:,} bytes, 6 documents; ignored 1 files with other endings",
+        "kept 4 documents, 2,024 UTF-8 bytes",
         "skipped documents: 1 empty, 1 null",
         "1 blank lines skipped",
         "1 documents of white space alone kept",

@@ -37,7 +37,8 @@ def prepare(
 ) -> None:
     """Text -> shards: files and folders (.txt, .jsonl, .parquet, also .gz/.zst), hub:DATASET[:CONFIG], or stdlib.
 
-    Killed at any moment, the same command continues; the bytes do not depend on the number of workers.
+    Killed at any moment, the same command continues; the bytes do not depend on the number of workers. If a file's size or
+    modification time has changed in between, it says so and stops.
 
     Args:
         paths: files, folders, hub:DATASET[:CONFIG], or stdlib (the source files of Python's own standard library).

@@ -1,8 +1,8 @@
 """How far a `prepare` got, on disk in `.prepare/` beside the shards, so that it goes on after a kill at any moment.
 
 `journal.json` (replaced as a whole) says up to which position of the source the shards on disk reach; `files.json` what
-the files of the source were when the work began; `lock` keeps a second `prepare` out. Nothing of it belongs to the data
-set: a copy without `.prepare/` is complete.
+the files of the source were when the work began (a file has changed if its size or modification time has; on the Hub, its
+hash); `lock` keeps a second `prepare` out. Nothing of it belongs to the data set: a copy without `.prepare/` is complete.
 """
 
 import contextlib

@@ -399,7 +399,7 @@ def _summary(out: Path, manifest: Manifest, source: Source | None = None) -> lis
     recorded = manifest.source
     counts = Counts(**recorded["counts"])
     lines = [
-        f"read {recorded['files']:,} files, {_size(recorded['file_bytes'])}, {counts.documents_read:,} documents"
+        f"read {recorded['files']:,} files, {recorded['file_bytes']:,} bytes, {counts.documents_read:,} documents"
         + (f"; ignored {source.ignored_files:,} files with other endings" if source and source.ignored_files else ""),
         f"kept {counts.documents:,} documents, {counts.utf8_bytes:,} UTF-8 bytes",
     ]
