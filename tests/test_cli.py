@@ -2,18 +2,23 @@
 
 import json
 import shutil
-from collections.abc import Callable
+import subprocess
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 
 from recipes.train_demo import CONFIG as DEMO
 from tests.support import ROOT, change, flags
 from toolkit.cli import main
 from toolkit.config import TrainConfig
-from toolkit.training import checkpoint
-from toolkit.training.verify_resume import compare_runs, compare_states
+from toolkit.errors import UserError
+from toolkit.training import checkpoint, resume_worker
+from toolkit.training import trainer as trainer_module
+from toolkit.training.trainer import STATE_PARTS, StepResult, Trainer
+from toolkit.training.verify_resume import compare_runs, compare_states, verify_resume
 
 
 @pytest.fixture
@@ -153,6 +158,89 @@ def test_verify_resume_proves_it_for_a_recipe(tiny: TrainConfig, capsys: pytest.
     assert "cut=9 must lie between" in refusal(
         capsys, "verify-resume", recipe, "--steps", "4", "--cut", "9", *arguments
     )
+
+
+@pytest.fixture
+def in_this_process(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    """Lets `verify_resume` make its starts here, where a test can take something away from them."""
+    whole = tmp_path / "whole"  # the first start is the same every time
+
+    def start(command: Sequence[str], **_: object) -> subprocess.CompletedProcess[str]:
+        AcceleratorState._reset_state(True)
+        recipe = Path(command[-1])
+        if recipe.stem == "whole" and whole.exists():
+            shutil.copytree(whole, recipe.with_suffix(""))
+            return subprocess.CompletedProcess(command, 0, "", "")
+        try:
+            resume_worker.main(recipe)
+            if recipe.stem == "whole":
+                shutil.copytree(recipe.with_suffix(""), whole)
+        except Exception as error:
+            return subprocess.CompletedProcess(command, 1, "", f"{type(error).__name__}: {error}")
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    monkeypatch.setattr(subprocess, "run", start)
+    yield
+    torch.use_deterministic_algorithms(deterministic)
+    AcceleratorState._reset_state(True)
+
+
+@pytest.mark.usefixtures("in_this_process")
+def test_verify_resume_fails_for_each_part_that_is_not_saved_and_names_it(
+    run: Path, tiny: TrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small = change(tiny, training={"tokens_per_step": 64})
+    assert "bitwise" in list(verify_resume(small, steps=2, cut=1))[-1]
+    state = Trainer._state
+    parts = set(checkpoint.load(run / "checkpoints" / "step-00000004").state) - {"step", "tokens"}  # the manifest's too
+    assert parts == set(STATE_PARTS) - {"step"}
+    for part in sorted(parts):
+        with monkeypatch.context() as patch:
+            patch.setattr(Trainer, "_state", lambda self, p=part: {k: v for k, v in state(self).items() if k != p})
+            with pytest.raises(UserError, match=rf"a start failed: .*state\.json lacks {part}, "):
+                list(verify_resume(small, steps=2, cut=1))
+
+
+@pytest.mark.usefixtures("in_this_process")
+@pytest.mark.parametrize(
+    ("lost", "named"),
+    [
+        ("load_canonical", "model.safetensors: h.0.attn.c_attn.bias differs"),
+        ("load_optimizer", "optimizer.safetensors: h.0.attn.c_attn.bias.exp_avg is missing"),
+        ("position", "state.json: position is 8 and 0"),
+        ("loss_history", "state.json: loss_history is"),
+        ("skipped_steps", "state.json: skipped_steps is 1 and 0"),
+    ],
+)
+def test_verify_resume_fails_for_each_part_that_is_saved_but_not_restored(
+    tiny: TrainConfig, monkeypatch: pytest.MonkeyPatch, lost: str, named: str
+) -> None:
+    load = Trainer._load
+
+    def load_without(trainer: Trainer, path: Path | None) -> None:
+        before = Trainer._state(trainer)
+        load(trainer, path)
+        if path is not None and lost == "loss_history":
+            trainer.spikes.history.clear()
+        elif path is not None and lost in before:
+            setattr(trainer, lost, before[lost])
+
+    if lost.startswith("load_"):
+        monkeypatch.setattr(trainer_module, lost, lambda *_: None)
+    else:
+        monkeypatch.setattr(Trainer, "_load", load_without)
+    if lost == "skipped_steps":
+        step = Trainer.train_step
+
+        def skip(trainer: Trainer) -> StepResult:
+            result = step(trainer)
+            trainer.skipped_steps += trainer.step == 1
+            return result
+
+        monkeypatch.setattr(Trainer, "train_step", skip)
+    with pytest.raises(UserError, match=f"what was saved at step 1 did not come back: {named}"):
+        list(verify_resume(tiny, steps=2, cut=1))
 
 
 def test_each_part_of_the_state_that_is_lost_is_named(run: Path, tmp_path: Path) -> None:

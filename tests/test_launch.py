@@ -141,13 +141,15 @@ def long(tiny: TrainConfig, **training: object) -> TrainConfig:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1], ids=lambda n: n.name)
 def test_a_signal_to_one_process_saves_and_leaves(tiny: TrainConfig, number: signal.Signals) -> None:
-    config = long(tiny)
+    # From step 2 on, a save takes a second, and the next one waits for it: the signal comes in the middle of one.
+    config = long(tiny, checkpoint_every=1, sample_every=1, eval_every=1)
     run = Path(config.run.dir)
-    process = start(config)
+    process = start(config, env=environment(TOOLKIT_FAILPOINTS="checkpoint.mid-optimizer=sleep:1@2+"))
     wait_for_step(run, 3)
     process.send_signal(number)
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 0, output
+    assert not [path.name for path in (run / "checkpoints").iterdir() if path.name.startswith(".")]
     status = json.loads((run / "status.json").read_text())
     assert status["status"] == "preempted"
     assert number.name in status["reason"]
@@ -216,6 +218,48 @@ def test_a_dead_rank_takes_the_job_down_and_a_stuck_one_is_found(tiny: TrainConf
     assert stuck.returncode != 0
     assert stuck.stderr.count("Timeout (0:00:03)!") == 2  # every rank prints its stacks
     assert "failpoint.py" in stuck.stderr  # the line that hangs
+
+
+def test_a_rank_that_leaves_or_is_stopped_takes_the_job_down(tiny: TrainConfig) -> None:
+    config = change(long(tiny), training={"checkpoint_every": 1, "watchdog_minutes": 0.05})
+    run = Path(config.run.dir)
+    left = command(
+        RECIPE,
+        *flags(config, DEMO),
+        launch=TWO,
+        env=environment(TOOLKIT_FAILPOINTS="trainer.before-backward#1=exit:0@9"),
+        timeout=60,
+    )
+    assert left.returncode != 0
+    assert "process 0 lost the connection to another process in step 5" in left.stderr
+    assert "lost the connection" in json.loads((run / "status.json").read_text())["reason"]
+    process = start(config, launch=TWO)  # continues
+    wait_for_step(run, 8)
+    ranks = children_of(process.pid)
+    os.kill(ranks[0], signal.SIGSTOP)
+    assert gone(ranks[1:], within=30)  # the watchdog of the rank that waits for it
+    os.kill(ranks[0], signal.SIGCONT)  # or the launcher would wait for 30 s before it kills it
+    output, _ = process.communicate(timeout=40)
+    assert process.returncode != 0
+    assert "Timeout (0:00:03)!" in output
+    assert "all_reduce" in output  # where it waited
+    assert gone(ranks, within=30)
+
+
+def test_ctrl_c_in_a_terminal_is_one_request(tiny: TrainConfig) -> None:
+    """Launcher and ranks get it at once, and the ranks a second time from their launcher."""
+    config = long(tiny)
+    run = Path(config.run.dir)
+    process = start(config, launch=TWO)
+    wait_for_step(run, 3)
+    ranks = children_of(process.pid)
+    os.killpg(process.pid, signal.SIGINT)
+    output, _ = process.communicate(timeout=60)
+    assert gone(ranks, within=30)
+    status = json.loads((run / "status.json").read_text())
+    assert (status["status"], status["reason"]) == ("preempted", "received SIGINT"), output
+    assert status["saved_step"] == status["step"] == rows(run)[-1]["step"]
+    assert "leaving at once" not in output
 
 
 OWN_MODEL = """

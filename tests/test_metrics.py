@@ -224,8 +224,13 @@ def test_rows_that_have_gone_are_named(tmp_path: Path) -> None:
         "metrics.jsonl: the rows of step 3 to 5 and 8 are missing",
         "ledger.jsonl: the rows of step 1 to 12 are missing",
     ]
-    assert log.truncate_after(12, first=1) == named
+    assert log.truncate_after(12, first=1) == [
+        "17 rows that were written are in none of metrics, samples, ledger any more",
+        *named,
+    ]
     assert log.truncate_after(12) == []  # where a run begins elsewhere, nobody can know
+    (tmp_path / "samples.jsonl").unlink()
+    assert log.truncate_after(12)[0].startswith("2 rows that were written")
     assert log.truncate_after(2, first=1)[-1] == "ledger.jsonl: the rows of step 1 to 2 are missing"
 
 

@@ -90,6 +90,7 @@ class RunLog:
             if _is_no_file(path)
         ]
         known = _known_checksums(self.folder)
+        say += _rows_gone(self.folder, known)
         kept: list[_Line] = []
         for name in LOG_NAMES:
             lines, said = _truncate(
@@ -218,6 +219,17 @@ class _Line:
     @property
     def step(self) -> int | None:
         return None if self.row is None else self.row["step"]
+
+
+def _rows_gone(folder: Path, known: set[bytes] | None) -> list[str]:
+    """One line if rows were written that are in no log, not even as a damaged line.
+
+    One may be missing: who dies between a row's checksum and the row leaves the first alone.
+    """
+    lines = [line for name in LOG_NAMES for line in _read_lines(log_path(folder, name), known)]
+    found = {_crc(line.data.removesuffix(b"\n")) for line in lines if line.row is not None}
+    gone = len((known or set()) - found) - sum(line.row is None for line in lines)
+    return [f"{gone} rows that were written are in none of {', '.join(LOG_NAMES)} any more"] if gone > 1 else []
 
 
 def _read_lines(path: Path, known: set[bytes] | None) -> Iterator[_Line]:

@@ -27,7 +27,9 @@ def main(recipe: Path) -> None:
             if records is not None:
                 records.writer = writer
         while trainer.step < config.training.max_steps:
-            trainer.log(trainer.train_step())
+            result = trainer.train_step()
+            trainer.log(result)
+            trainer.spiked(result)  # the losses that it compares with are part of the state
             if trainer.due(config.training.eval_every):
                 trainer.evaluate()
             if trainer.due(config.training.checkpoint_every):

@@ -64,6 +64,11 @@ from toolkit.training.supervision import StopRequests, Watchdog
 
 logger = logging.getLogger(__name__)
 
+# Everything beside weights and moments that the next step depends on: a state that lacks one of these is refused.
+STATE_PARTS = (
+    *("step", "position", "skipped_steps", "skipped_in_a_row", "skipped_samples", "evaluated_step", "evaluation_due"),
+    *("sampled_step", "sampling_due", "validation_loss", "loss_history", "scaler", "optimizer"),
+)
 GARBAGE_EVERY = 100  # steps between collections of cyclic garbage
 # What the communication libraries say when another process has died. Source: messages of gloo's transport and of NCCL.
 SIGNS_OF_A_LOST_PEER = (
@@ -548,7 +553,7 @@ class Trainer:
         }
 
     def _state(self) -> dict[str, Any]:
-        """Everything beside weights and moments that the next step depends on, as JSON values."""
+        """The `STATE_PARTS`, as JSON values."""
         scaler = self.accelerator.scaler
         return {
             "step": self.step,
@@ -689,7 +694,7 @@ class Trainer:
         with self.processes.together():
             if self.records is not None:
                 loaded = self.records.load(path)
-                if missing := sorted(set(self._state()) - set(loaded.state)):
+                if missing := sorted(set(STATE_PARTS) - set(loaded.state)):
                     raise UserError(
                         f"{path / checkpoint.STATE} lacks {', '.join(missing)}, without which no run can be continued as "
                         "it was; use the version of the toolkit that wrote it"
