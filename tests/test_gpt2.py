@@ -28,6 +28,7 @@ from toolkit.model.gpt2 import (
     pad,
 )
 from toolkit.model.loss import cross_entropy
+from toolkit.training.environment import configure_torch
 
 TINY = GPT2Config(n_layer=2, n_head=2, n_embd=32, context_length=24, vocab_size=257)  # padded to 320 rows
 
@@ -232,6 +233,7 @@ def test_fp16_gradients_under_a_grad_scaler_neither_vanish_nor_overflow() -> Non
 
 
 def test_compiled_whole_model_has_the_plain_loss_and_gradients() -> None:
+    configure_torch(torch.device("cpu"), deterministic=False)  # what is recomputed differs with it
     # 72 positions: the last chunk is shorter. fullgraph: a graph break would be an error. One layer: it takes seconds.
     config = dataclasses.replace(TINY, n_layer=1)
     plain_loss, plain = plain_gradients(config)
@@ -303,6 +305,29 @@ def test_checkpointing_and_chunking_lower_what_autograd_keeps() -> None:
     assert block < 0.4 * none
     # Each block's input, the two gradients that the loss has computed, and small change: no logits.
     assert block < (2 * 2 + 4) * positions * width * 4 + weight_gradient + whole_logits / 4
+
+
+def saved_bytes_of_compiled(model: GPT2) -> int:
+    """What a model whose forward and backward pass were parted as Inductor's are keeps between them, parameters aside."""
+    torch._dynamo.reset()
+    model.compile(backend="aot_eager_decomp_partition", fullgraph=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = model(ids(8), ids(8, seed=1))
+    parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    node = loss.grad_fn
+    kept = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in node.saved_tensors}
+    return sum(size for pointer, size in kept.items() if pointer not in parameters)
+
+
+def test_compilation_keeps_less_than_autograd_and_no_result_of_gelu_or_layer_norm() -> None:
+    configure_torch(torch.device("cpu"), deterministic=False)
+    positions, width, layers = 8 * 24, 32, 2
+    compiled = saved_bytes_of_compiled(GPT2(TINY, seed=5, loss_chunk_tokens=64))
+    # In a block, in bf16 elements: two inputs of LayerNorm in fp32 (4), query, key and value (3), the attention's result
+    # (1), the GELU's input (4); beside it normalisers, mean and deviation in fp32. Then ln_f's input, the loss's two gradients.
+    block = 12 * 2 * positions * width + positions * 4 * (2 + 2 * 2)
+    rest = positions * (4 * width + 4 * width + 16) + 320 * width * 4 + 4096
+    assert compiled < layers * block + rest
 
 
 class LiveBytes(TorchDispatchMode):

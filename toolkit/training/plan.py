@@ -16,6 +16,7 @@ import torch
 from toolkit.config import Precision, TrainConfig, grad_accum_steps
 from toolkit.errors import UserError
 from toolkit.model.gpt2 import canonical_shapes, flops_per_token, num_parameters, padded_vocab_size
+from toolkit.model.loss import EAGER_TILE_ROWS, PRODUCT_PARTS
 from toolkit.training.environment import device_memory_bytes, device_name, resolve_precision
 from toolkit.training.hardware import DEVICES, find_device, peak_flops
 from toolkit.training.muon import BLOCK_PREFIX
@@ -311,11 +312,11 @@ def _logits_chunk_bytes(config: TrainConfig, precision: Precision, *, tokens: in
     rows, chunk = padded_vocab_size(model), min(tokens, config.training.loss_chunk_tokens)
     logits, head = chunk * rows, rows * model.n_embd
     product = _product_bytes(precision)
-    work = product * logits  # they become their own gradient in place; the softmax works on a few rows at a time
-    if (
-        tokens > chunk
-    ):  # beside the sum that is saved: the chunk's gradient of the head, and what it is added to in fp32
-        work += head * product + (2 * head if half else 0)
+    # The logits, which become their own gradient in place; beside them some rows in fp32, later a part of the chunk's
+    # gradient of the head, before it is added to the sum that is saved.
+    softmax = (2 if half else 1) * 4 * min(chunk, EAGER_TILE_ROWS) * rows
+    part = product * head // PRODUCT_PARTS if half and tokens > chunk else 0
+    work = product * logits + max(softmax, part)
     weight_copy = 2 * head if half else 0
     return work + weight_copy + 4 * tokens * model.n_embd  # and the final hidden states in fp32
 
