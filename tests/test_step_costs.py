@@ -1,0 +1,302 @@
+"""What a step does beside its arithmetic, counted: host synchronisations, collectives, compilations, collections, copies."""
+
+import gc
+import json
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from recipes.train_demo import CONFIG as DEMO
+from tests.support import change, command, environment, flags
+from tests.test_launch import TWO
+from toolkit.config import OptimizerConfig, TrainConfig
+from toolkit.model.gpt2 import GPT2
+from toolkit.training import trainer as trainer_module
+from toolkit.training.environment import configure_torch
+from toolkit.training.optimizer import build_optimizer
+from toolkit.training.trainer import Trainer
+
+# On CUDA each of these waits for the device. Those of Tensor never reach the dispatcher where the tensor is on the CPU.
+SYNCHRONISING_OPERATIONS = {
+    "aten._local_scalar_dense.default",  # item(), bool(), int(), float(), and item() within C++
+    "aten.equal.default",
+    "aten.nonzero.default",  # also a mask as an index
+    "aten.masked_select.default",
+    "aten._unique2.default",
+}
+SYNCHRONISING_METHODS = {"tolist", "cpu", "numpy", "__array__"}
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerate() -> Iterator[None]:
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(True)
+    yield
+    AcceleratorState._reset_state(True)
+
+
+# Host synchronisations
+
+
+class Operations(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        self.seen[str(function)] += 1
+        return function(*args, **(kwargs or {}))
+
+
+class Methods(TorchFunctionMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: Counter[str] = Counter()
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        self.seen[getattr(function, "__name__", "")] += 1
+        return function(*args, **(kwargs or {}))
+
+
+def host_synchronisations(trainer: Trainer) -> Counter[str]:
+    """Those of one step; its batches are there already, because reading data is work of the host."""
+    trainer.batches = iter([next(trainer.batches) for _ in range(trainer.grad_accum_steps)])
+    with Methods() as methods, Operations() as operations:
+        trainer.train_step()
+    found = Counter({name: count for name, count in operations.seen.items() if name in SYNCHRONISING_OPERATIONS})
+    return found + Counter({name: count for name, count in methods.seen.items() if name in SYNCHRONISING_METHODS})
+
+
+def test_what_synchronises_is_seen_by_the_count() -> None:
+    values = torch.arange(3.0)
+    with Methods() as methods, Operations() as operations:
+        values.sum().item()
+        bool(values[0] > 0)
+        float(values[1])
+        values.tolist()
+        values.cpu()
+        values.numpy()
+        values[values > 1]
+    assert operations.seen["aten._local_scalar_dense.default"] == 3
+    assert operations.seen["aten.index.Tensor"] + operations.seen["aten.nonzero.default"] >= 1
+    assert [methods.seen[name] for name in ("tolist", "cpu", "numpy")] == [1, 1, 1]
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("micro_batch_size", [8, 1])
+def test_a_step_synchronises_with_the_host_once(
+    tiny: TrainConfig, micro_batch_size: int, precision: str, optimizer: str
+) -> None:
+    config = change(
+        tiny,
+        training={"micro_batch_size": micro_batch_size, "precision": precision},
+        optimizer={"name": optimizer},
+    )
+    with Trainer(config) as trainer:
+        trainer.resume()
+        assert trainer.grad_accum_steps == 8 // micro_batch_size
+        trainer.train_step()  # the first one makes the optimizer's state
+        assert host_synchronisations(trainer) == {"tolist": 1}
+
+
+# Collectives
+
+WORKER = """
+import json, sys
+from collections import Counter
+from pathlib import Path
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from recipes.train_demo import CONFIG
+from toolkit.recipe import parse
+from toolkit.training.trainer import Trainer
+
+class Collectives(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.seen, self.micro_step = [], 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.namespace == "c10d":
+            self.seen.append([str(function), self.micro_step])
+        return function(*args, **(kwargs or {}))
+
+out, *arguments = sys.argv[1:]
+with Trainer(parse(CONFIG, arguments)) as trainer:
+    trainer.resume()
+    for _ in range(2):  # DDP lays out its buckets anew after the first
+        trainer.train_step()
+    facts = {"accumulation": trainer.grad_accum_steps, "processes": trainer.processes.count}
+    facts["gradient_as_bucket_view"] = trainer.model.gradient_as_bucket_view
+    facts["static_graph"] = trainer.model.static_graph
+    storages = set()
+    trainer.raw_optimizer.register_step_pre_hook(
+        lambda *_: storages.update(p.grad.untyped_storage().data_ptr() for p in trainer.parameters)
+    )
+    with Collectives() as collectives:
+        trainer.raw_model.register_forward_pre_hook(
+            lambda *_: setattr(collectives, "micro_step", collectives.micro_step + 1)
+        )
+        trainer.train_step()
+    facts |= {"collectives": collectives.seen, "gradient_storages": len(storages)}
+    if trainer.is_main:
+        Path(out).write_text(json.dumps(facts))
+"""
+
+
+def test_gradients_are_reduced_in_the_last_micro_batch_alone_and_the_step_once(
+    tiny: TrainConfig, tmp_path: Path
+) -> None:
+    (tmp_path / "worker.py").write_text(WORKER)
+    config = change(tiny, training={"micro_batch_size": 1})
+    done = command(
+        str(tmp_path / "worker.py"),
+        str(tmp_path / "facts.json"),
+        *flags(config, DEMO),
+        launch=TWO,
+        env=environment(OMP_NUM_THREADS="1"),
+    )
+    assert done.returncode == 0, done.stderr
+    facts: dict[str, Any] = json.loads((tmp_path / "facts.json").read_text())
+    assert (facts["processes"], facts["accumulation"]) == (2, 4)
+    # A model of 30,000 parameters fits into one bucket; the other reduction is that of the step's few numbers.
+    assert facts["collectives"] == [["c10d.allreduce_.default", 4]] * 2
+    # Gradients are views into the buckets: they exist once. A static graph would fail under no_sync.
+    assert facts["gradient_as_bucket_view"] is True
+    assert facts["gradient_storages"] == 1
+    assert facts["static_graph"] is False
+
+
+# Compilations
+
+
+def test_nothing_is_compiled_again_after_the_second_step(tiny: TrainConfig) -> None:
+    # 9 validation windows in batches of 4: the last one is shorter.
+    config = change(
+        tiny,
+        model={"n_layer": 1},
+        training={"compile": "on", "precision": "bf16"},
+        evaluation={"max_tokens": 9 * 32, "micro_batch_size": 4},
+    )
+    torch._dynamo.reset()
+    counters = torch._dynamo.utils.counters
+    counters.clear()
+    with Trainer(config) as trainer:
+        trainer.resume()
+        for _ in range(2):
+            trainer.train_step()
+        assert counters["stats"]["unique_graphs"] == 1
+        assert not counters["graph_break"]
+        frames = dict(counters["frames"])
+        with torch._dynamo.config.patch(error_on_recompile=True):
+            for _ in range(2):
+                assert trainer.evaluate() is not None
+                trainer.train_step()
+                trainer.sample()
+                trainer.train_step()
+    assert counters["stats"]["unique_graphs"] == 1
+    assert dict(counters["frames"]) == frames
+
+
+# Memory and garbage
+
+
+def live_bytes() -> int:
+    """Bytes of all tensors that Python can reach, each storage once."""
+    tensors = [thing for thing in gc.get_objects() if type(thing) in (torch.Tensor, torch.nn.Parameter)]
+    storages = [tensor.untyped_storage() for tensor in tensors]
+    return sum({storage._cdata: storage.nbytes() for storage in storages}.values())
+
+
+@pytest.mark.parametrize(("precision", "compiled"), [("fp32", "off"), ("bf16", "off"), ("fp32", "on")])
+def test_weights_gradients_and_moments_exist_once(tiny: TrainConfig, precision: str, compiled: str) -> None:
+    config = change(tiny, model={"n_layer": 1, "n_embd": 128}, training={"precision": precision, "compile": compiled})
+    gc.collect()
+    before = live_bytes()
+    with Trainer(config) as trainer:
+        trainer.resume()
+        gc.unfreeze()  # else gc.get_objects() would not list what existed before the first step
+        weights = sum(parameter.nbytes for parameter in trainer.parameters)
+        held: list[int] = []
+        trainer.raw_optimizer.register_step_pre_hook(lambda *_: held.append(live_bytes() - before))
+        for _ in range(3):
+            trainer.train_step()
+            held.append(live_bytes() - before)
+    slack = 0.1 * weights  # batches, the optimizer's counters
+    # Weights, gradients and, from the second step on, two moments; between steps there are no gradients.
+    assert held[2:] == pytest.approx([4 * weights, 3 * weights] * 2, abs=slack)
+    assert held[0] == pytest.approx(2 * weights, abs=slack)
+
+
+def test_garbage_is_collected_in_step_and_never_in_between(tiny: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trainer_module, "GARBAGE_EVERY", 3)
+    collected_at: list[int] = []
+
+    def note(phase: str, info: dict[str, int]) -> None:
+        if phase == "start":
+            collected_at.append(trainer.step)
+
+    with Trainer(tiny) as trainer:
+        trainer.resume()
+        assert not gc.isenabled()
+        assert gc.get_freeze_count() > 10_000  # torch and all that was imported: no collection looks at them
+        gc.callbacks.append(note)
+        try:
+            for _ in range(7):
+                trainer.log(trainer.train_step())
+        finally:
+            gc.callbacks.remove(note)
+    assert collected_at == [3, 6]
+    assert gc.isenabled()
+    assert gc.get_freeze_count() == 0
+
+
+# What only CUDA shows: that it is asked for
+
+
+def test_fp32_products_on_cuda_use_tensor_cores() -> None:
+    backends = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = [backend.allow_tf32 for backend in backends]
+    try:
+        for backend in backends:
+            backend.allow_tf32 = False
+        configure_torch(torch.device("cuda"), deterministic=False)
+        assert [backend.allow_tf32 for backend in backends] == [True, True]
+    finally:
+        for backend, value in zip(backends, before, strict=True):
+            backend.allow_tf32 = value
+
+
+def test_adamw_on_cuda_is_fused() -> None:
+    model = GPT2(DEMO.model, seed=1)
+    optimizer = build_optimizer(model, OptimizerConfig(), device_type="cuda")
+    assert all(group["fused"] for group in optimizer.param_groups)
+
+
+def test_batches_are_pinned_for_cuda_and_copied_without_waiting(
+    tiny: TrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[bool] = []
+    real = trainer_module.training_loader
+
+    def spy(*args: Any, pin_memory: bool, **kwargs: Any) -> Any:
+        asked.append(pin_memory)
+        return real(*args, pin_memory=False, **kwargs)  # pinning needs a device
+
+    monkeypatch.setattr(trainer_module, "training_loader", spy)
+    with Trainer(tiny) as trainer:
+        trainer.resume()
+        assert trainer.accelerator.non_blocking
+        assert next(trainer.batches)["input_ids"].shape == (2, 32)
+        monkeypatch.setattr(trainer, "device", torch.device("cuda"))
+        trainer._start_loader()
+        monkeypatch.setattr(trainer, "device", torch.device("cpu"))
+    assert asked == [False, True]
