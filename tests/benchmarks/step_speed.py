@@ -2,27 +2,33 @@
 own matrix-product rate that is.
 
 Each contender runs in a process of its own, in alternating rounds; the medians of the rounds are printed as tokens/s,
-with each one's peak memory and its share of the ceiling. Contenders:
-- toolkit: `Trainer.train_step` of this toolkit, with everything that a run does in a step;
+with each one's peak memory (beyond what the imported libraries take) and its share of the ceiling, and then the ratios that this toolkit sets itself as targets.
+Contenders, all on the same number of random tokens a step, in one micro-batch:
+- toolkit, toolkit-compiled: `Trainer.train_step` of this toolkit, with everything that a run does in a step;
 - toolkit-bare: a bare loop around this toolkit's own model: what Trainer and Accelerate cost is the difference;
-- transformers: GPT2LMHeadModel in a bare PyTorch loop (SDPA), eager; transformers-compiled: the same, compiled.
+- transformers, transformers-compiled: GPT2LMHeadModel in a bare PyTorch loop, SDPA on, the loss inside the model;
+- transformers-trainer: the same model in `transformers.Trainer` with its defaults, nothing saved or reported.
 The ceiling is the rate of plain matrix products of the model's own shapes, forward and backward.
 
-    python -m tests.benchmarks.step_speed [--size 124M|small] [--sequence-length 512] [--tokens 1024] [--precision fp32]
-                                          [--rounds 5] [--steps 3] [--out bench-results]
+    python -m tests.benchmarks.step_speed [--size 124M|small|tiny] [--sequence-length 512 1024] [--tokens 1024]
+                                          [--precision fp32|bf16] [--rounds 5] [--steps 3] [--out bench-results]
+    python -m tests.benchmarks.step_speed --size tiny --tokens 128 --sequence-length 64 --rounds 1 --steps 1   # a look
+    python -m tests.benchmarks.step_speed --tokens 8192 --sequence-length 1024   # the memory of micro-batch 8
 """
 
 import argparse
 import contextlib
+import importlib
 import json
+import multiprocessing
 import os
 import resource
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable
+from itertools import pairwise
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -47,15 +53,34 @@ from toolkit.training.environment import configure_torch
 from toolkit.training.optimizer import build_optimizer
 from toolkit.training.trainer import Trainer
 
-CONTENDERS = ("toolkit", "toolkit-compiled", "toolkit-bare", "transformers", "transformers-compiled", "ceiling")
+CONTENDERS = (
+    "toolkit",
+    "toolkit-compiled",
+    "toolkit-bare",
+    "transformers",
+    "transformers-compiled",
+    "transformers-trainer",
+    "ceiling",
+)
+# (faster, slower, at least): tokens/s of the one over the other's, at 124M, bf16, T = 512 and 1,024 tokens on 2 cores.
+SPEED_TARGETS = (
+    ("toolkit-compiled", "transformers-compiled", 1.3),
+    ("toolkit-compiled", "transformers-trainer", 2.5),
+    ("toolkit", "toolkit-bare", 0.98),
+    ("toolkit-compiled", "ceiling", 0.60),
+)
+# (smaller, larger, at most): peak memory of the one over the other's, at 124M, micro-batch 8 and T = 1024.
+MEMORY_TARGETS = (("toolkit", "transformers", 0.55), ("toolkit-compiled", "transformers-compiled", 0.55))
 WARMUP_STEPS = 2
+SIZES = {
+    "small": {"n_layer": 2, "n_head": 4, "n_embd": 256},
+    "tiny": {"n_layer": 1, "n_head": 1, "n_embd": 32},
+}
 
 
 def model_config(arguments: argparse.Namespace) -> GPT2Config:
-    """The model that is measured: GPT-2 124M at its real shape, or a small one for a quick look."""
-    if arguments.size == "small":
-        return gpt2_config("124M", n_layer=2, n_head=4, n_embd=256, context_length=1024)
-    return gpt2_config(arguments.size, context_length=1024)
+    """The model that is measured: GPT-2 124M at its real shape, or a smaller one for a quick look."""
+    return gpt2_config("124M", context_length=1024, **SIZES.get(arguments.size, {}))
 
 
 def write_random_set(folder: Path, *, tokens: int) -> None:
@@ -106,6 +131,25 @@ def toolkit_steps(arguments: argparse.Namespace, *, compiled: bool) -> float:
             return time_steps(trainer.train_step, steps=arguments.steps)
 
 
+def their_model(config: GPT2Config) -> Any:
+    """The same model as `transformers` has it, without dropout, with SDPA."""
+    import transformers
+
+    return transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(
+            n_layer=config.n_layer,
+            n_head=config.n_head,
+            n_embd=config.n_embd,
+            n_positions=config.context_length,
+            resid_pdrop=0.0,
+            embd_pdrop=0.0,
+            attn_pdrop=0.0,
+            attn_implementation="sdpa",
+            use_cache=False,
+        )
+    )
+
+
 def bare_steps(arguments: argparse.Namespace, contender: str) -> float:
     """Seconds of a step of a bare PyTorch loop: forward, backward, clipping, fused AdamW."""
     config = model_config(arguments)
@@ -118,21 +162,7 @@ def bare_steps(arguments: argparse.Namespace, contender: str) -> float:
         model = GPT2(config, seed=1)
         optimizer = build_optimizer(model, TrainConfig().optimizer, device_type="cpu")
     else:
-        import transformers
-
-        model = transformers.GPT2LMHeadModel(
-            transformers.GPT2Config(
-                n_layer=config.n_layer,
-                n_head=config.n_head,
-                n_embd=config.n_embd,
-                n_positions=1024,
-                resid_pdrop=0.0,
-                embd_pdrop=0.0,
-                attn_pdrop=0.0,
-                attn_implementation="sdpa",
-                use_cache=False,
-            )
-        )
+        model = their_model(config)
         optimizer = torch.optim.AdamW(model.parameters(), fused=True)
         if contender == "transformers-compiled":
             model.compile()
@@ -142,9 +172,8 @@ def bare_steps(arguments: argparse.Namespace, contender: str) -> float:
         with autocast:
             if contender == "toolkit-bare":
                 loss = model(inputs, targets)
-            else:
-                logits = model(input_ids=inputs).logits
-                loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
+            else:  # it shifts the labels itself, and computes the loss where torch.compile sees it
+                loss = model(input_ids=inputs, labels=inputs).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -152,6 +181,39 @@ def bare_steps(arguments: argparse.Namespace, contender: str) -> float:
         loss.item()
 
     return time_steps(step, steps=arguments.steps)
+
+
+def their_trainer_steps(arguments: argparse.Namespace) -> float:
+    """Seconds from one step's end to the next in `transformers.Trainer`, its batches included, after the warm-up."""
+    import transformers
+
+    config = model_config(arguments)
+    windows = torch.randint(0, config.vocab_size, (64, arguments.sequence_length))
+    batch = arguments.tokens // arguments.sequence_length
+    ends: list[float] = []
+
+    class Clock(transformers.TrainerCallback):  # type: ignore[misc]
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            ends.append(time.perf_counter())
+
+    with tempfile.TemporaryDirectory() as temporary:
+        settings = transformers.TrainingArguments(
+            output_dir=temporary,
+            max_steps=WARMUP_STEPS + arguments.steps,
+            per_device_train_batch_size=batch,
+            bf16=arguments.precision == "bf16",
+            save_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+            use_cpu=True,
+        )
+        transformers.Trainer(
+            model=their_model(config),
+            args=settings,
+            train_dataset=[{"input_ids": row, "labels": row} for row in windows],
+            callbacks=[Clock()],
+        ).train()
+    return statistics.median(after - before for before, after in pairwise(ends[WARMUP_STEPS - 1 :]))
 
 
 def ceiling_seconds(arguments: argparse.Namespace) -> float:
@@ -173,42 +235,51 @@ def ceiling_seconds(arguments: argparse.Namespace) -> float:
     return time_steps(products, steps=arguments.steps)
 
 
-def measure(arguments: argparse.Namespace) -> dict[str, float]:
-    """One contender's seconds per step and peak memory, in this process."""
+def measure(arguments: argparse.Namespace, contender: str) -> dict[str, float]:
+    """One contender's seconds per step and peak memory beyond the imported libraries', in this process."""
     torch.set_num_threads(arguments.threads)
-    contender = arguments.contender
+    libraries = peak_rss_gib()
     if contender == "ceiling":
         seconds = ceiling_seconds(arguments)
+    elif contender == "transformers-trainer":
+        seconds = their_trainer_steps(arguments)
     elif contender in ("toolkit", "toolkit-compiled"):
         seconds = toolkit_steps(arguments, compiled=contender.endswith("compiled"))
     else:
         seconds = bare_steps(arguments, contender)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    return {"seconds": seconds, "peak_gib": peak}
+    return {"seconds": seconds, "peak_gib": peak_rss_gib() - libraries, "libraries_gib": libraries}
 
 
-def run_rounds(arguments: argparse.Namespace, contenders: list[str]) -> dict[str, list[dict[str, float]]]:
-    """All contenders in alternating rounds, each in a process of its own."""
-    results: dict[str, list[dict[str, float]]] = {name: [] for name in contenders}
-    own = [
-        "--size",
-        arguments.size,
-        "--sequence-length",
-        str(arguments.sequence_length),
-        "--tokens",
-        str(arguments.tokens),
-    ]
-    own += ["--precision", arguments.precision, "--steps", str(arguments.steps), "--threads", str(arguments.threads)]
+def peak_rss_gib() -> float:
+    """The most memory that this process has held so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def measure_apart(arguments: argparse.Namespace, contender: str) -> dict[str, float]:
+    """`measure` in a process of its own, which has all libraries imported but has run nothing yet."""
+    context = multiprocessing.get_context("fork")
+    ours, theirs = context.Pipe(duplex=False)
+
+    def run(answer: Connection) -> None:
+        answer.send(measure(arguments, contender))
+
+    process = context.Process(target=run, args=(theirs,))
+    process.start()
+    theirs.close()
+    try:
+        result: dict[str, float] = ours.recv()
+    except EOFError:
+        raise SystemExit(f"{contender} failed; what it printed is above") from None
+    process.join()
+    return result
+
+
+def run_rounds(arguments: argparse.Namespace) -> dict[str, list[dict[str, float]]]:
+    """All contenders in alternating rounds."""
+    results: dict[str, list[dict[str, float]]] = {name: [] for name in arguments.contenders}
     for number in range(arguments.rounds):
-        for name in contenders if number % 2 == 0 else contenders[::-1]:
-            done = subprocess.run(
-                [sys.executable, "-m", "tests.benchmarks.step_speed", "--contender", name, *own],
-                capture_output=True,
-                text=True,
-                check=True,
-                env={**os.environ, "OMP_NUM_THREADS": str(arguments.threads)},
-            )
-            results[name].append(json.loads(done.stdout.splitlines()[-1]))
+        for name in arguments.contenders if number % 2 == 0 else arguments.contenders[::-1]:
+            results[name].append(measure_apart(arguments, name))
     return results
 
 
@@ -226,6 +297,28 @@ def table(results: dict[str, list[dict[str, float]]], arguments: argparse.Namesp
         }
         for name, rounds in results.items()
     ]
+
+
+def ratios(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The ratios that have a target, of those whose contenders were measured."""
+    by_name = {row["contender"]: row for row in rows}
+    found = []
+    for measured, targets in (("tokens_per_second", SPEED_TARGETS), ("peak_gib", MEMORY_TARGETS)):
+        for name, other, target in targets:
+            if name in by_name and other in by_name:
+                pair = [by_name[name][measured], by_name[other][measured]]
+                ratio = {"what": measured, "contender": name, "over": other, "both": pair, "target": target}
+                found.append(ratio | {"ratio": pair[0] / pair[1]})
+    return found
+
+
+def ratio_line(ratio: dict[str, Any]) -> str:
+    """A ratio with both of its sides and its target."""
+    speed = ratio["what"] == "tokens_per_second"
+    first, second = ratio["both"]
+    sides = f"{first:,.1f} / {second:,.1f} tokens/s" if speed else f"{first:.2f} / {second:.2f} GiB"
+    name = f"{ratio['contender']} / {ratio['over']}"
+    return f"{name:<44}{ratio['ratio']:>6.2f}   {'at least' if speed else 'at most'} {ratio['target']:<5} {sides}"
 
 
 def draw(rows: list[dict[str, Any]], path: Path, title: str) -> None:
@@ -246,29 +339,14 @@ def draw(rows: list[dict[str, Any]], path: Path, title: str) -> None:
     pyplot.close(figure)
 
 
-def main() -> None:
-    """Measures, prints a table, and writes it with a picture into the folder of results."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", default="124M", choices=("124M", "small"))
-    parser.add_argument("--sequence-length", type=int, default=512)
-    parser.add_argument("--tokens", type=int, default=1024, help="tokens in a step, one micro-batch")
-    parser.add_argument("--precision", default="fp32", choices=("fp32", "bf16"))
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
-    parser.add_argument("--contenders", nargs="+", default=list(CONTENDERS), choices=CONTENDERS)
-    parser.add_argument("--contender", choices=CONTENDERS, help=argparse.SUPPRESS)
-    parser.add_argument("--out", type=Path, default=Path("bench-results"))
-    arguments = parser.parse_args()
-    if arguments.contender:
-        print(json.dumps(measure(arguments)))
-        return
-    config = model_config(arguments)
-    results = run_rounds(arguments, arguments.contenders)
+def run_shape(arguments: argparse.Namespace) -> None:
+    """Measures one sequence length, prints its table and ratios, and writes them with a picture."""
+    results = run_rounds(arguments)
     rows = table(results, arguments)
+    flops = flops_per_token(model_config(arguments), arguments.sequence_length)
     title = (
         f"GPT-2 {arguments.size}, {arguments.precision}, {arguments.tokens} tokens a step, T = {arguments.sequence_length}, "
-        f"{arguments.threads} CPU threads, {flops_per_token(config, arguments.sequence_length) / 1e9:.2f} GFLOP per token"
+        f"{arguments.threads} CPU threads, {flops / 1e9:.2f} GFLOP per token"
     )
     print(title)
     print(f"{'contender':<24}{'tokens/s':>10}{'peak GiB':>10}{'of ceiling':>12}   rounds")
@@ -277,11 +355,39 @@ def main() -> None:
         print(
             f"{row['contender']:<24}{row['tokens_per_second']:>10.1f}{row['peak_gib']:>10.2f}{share:>12}   {row['rounds']}"
         )
+    targets = ratios(rows)
+    print("ratios; targets of speed are for 124M, bf16, T = 512; of memory for 124M, 8 windows of T = 1024")
+    for ratio in targets:
+        print(ratio_line(ratio))
     arguments.out.mkdir(parents=True, exist_ok=True)
-    name = f"step-{arguments.size}-{arguments.precision}-{arguments.sequence_length}"
-    (arguments.out / f"{name}.json").write_text(json.dumps({"title": title, "rows": rows}, indent=2) + "\n")
+    name = f"step-{arguments.size}-{arguments.precision}-{arguments.sequence_length}-{arguments.tokens}"
+    written = {"title": title, "rows": rows, "ratios": targets}
+    (arguments.out / f"{name}.json").write_text(json.dumps(written, indent=2) + "\n")
     draw(rows, arguments.out / f"{name}.png", title)
-    print(f"written: {arguments.out / name}.json and .png")
+    print(f"written: {arguments.out / name}.json and .png", flush=True)
+
+
+def main() -> None:
+    """Measures, prints tables, and writes them with pictures into the folder of results."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", default="124M", choices=("124M", *SIZES))
+    parser.add_argument("--sequence-length", type=int, nargs="+", default=[512], help="one table for each")
+    parser.add_argument("--tokens", type=int, default=1024, help="tokens in a step, one micro-batch")
+    parser.add_argument("--precision", default="fp32", choices=("fp32", "bf16"))
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--contenders", nargs="+", default=list(CONTENDERS), choices=CONTENDERS)
+    parser.add_argument("--out", type=Path, default=Path("bench-results"))
+    arguments = parser.parse_args()
+    for length in arguments.sequence_length:
+        if arguments.tokens % length:
+            parser.error(f"--tokens {arguments.tokens} is not a multiple of --sequence-length {length}")
+    # Imported once, before the processes part: their times and peaks begin with the same libraries in memory.
+    importlib.import_module("transformers.models.gpt2.modeling_gpt2")
+    importlib.import_module("transformers.trainer")
+    for length in arguments.sequence_length:
+        run_shape(argparse.Namespace(**{**vars(arguments), "sequence_length": length}))
 
 
 if __name__ == "__main__":
