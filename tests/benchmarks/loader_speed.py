@@ -8,6 +8,7 @@ Three ways to read the same windows in the same order, each the median of altern
 Beside them the time to open a data set of 1,000 shards and to seek in it.
 
     python tests/benchmarks/loader_speed.py [--folder DIR] [--rounds 7] [--batches 1500] [--micro-batch-size 8]
+                                              [--shard-tokens 8000000]
 """
 
 import argparse
@@ -29,21 +30,22 @@ from toolkit.data.shards import HEADER_BYTES, ShardWriter, shard_bytes, shard_fi
 
 SEQUENCE_LENGTH = 1024
 TARGET = 20e6  # tokens/s of one process
-SHARDS, SHARD_TOKENS = 8, 8_000_000  # 128 MB: more than a processor's cache, and sure to stay in the page cache
+SHARDS = 8
+SHARD_TOKENS = 8_000_000  # 8 of them are 128 MB: more than a processor's cache, and sure to stay in the page cache
 VOCAB_SIZE = 50257
 STEP_TOKENS_PER_SECOND = 300  # GPT-2 124M compiled in bf16 on 2 CPU cores: the slowest and so the easiest to feed
 TOKENIZER = TokenizerInfo(name="gpt2", vocab_size=VOCAB_SIZE, eot_id=VOCAB_SIZE - 1, sha256="0" * 64)
 
 
-def write_random_set(folder: Path) -> None:
+def write_random_set(folder: Path, *, shard_tokens: int) -> None:
     """A set of random ids."""
     rng = np.random.default_rng(0)
     infos = []
     for index in range(SHARDS):
         writer = ShardWriter(
-            folder / shard_file_name("train", index), dtype=token_dtype(VOCAB_SIZE), expected_tokens=SHARD_TOKENS
+            folder / shard_file_name("train", index), dtype=token_dtype(VOCAB_SIZE), expected_tokens=shard_tokens
         )
-        writer.append(rng.integers(0, VOCAB_SIZE, SHARD_TOKENS, dtype=np.uint16), documents=0, utf8_bytes=0)
+        writer.append(rng.integers(0, VOCAB_SIZE, shard_tokens, dtype=np.uint16), documents=0, utf8_bytes=0)
         infos.append(writer.close())
     write_manifest(
         folder, Manifest(schema_version=1, source={}, tokenizer=TOKENIZER, splits={"train": tuple(infos), "val": ()})
@@ -120,11 +122,11 @@ def seconds(action: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def measure(folder: Path, *, rounds: int, batches: int, micro_batch_size: int) -> dict[str, float]:
+def measure(folder: Path, *, rounds: int, batches: int, micro_batch_size: int, shard_tokens: int) -> dict[str, float]:
     """Tokens/s of the three ways (medians over the rounds), and seconds to open and to seek in a huge set."""
     (folder / "set").mkdir()
     (folder / "huge").mkdir()
-    write_random_set(folder / "set")
+    write_random_set(folder / "set", shard_tokens=shard_tokens)
     write_sparse_set(folder / "huge")
     data = open_data(str(folder / "set"))
     maps = [
@@ -162,6 +164,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--batches", type=int, default=1500, help="batches of a round")
     parser.add_argument("--micro-batch-size", type=int, default=8)
+    parser.add_argument("--shard-tokens", type=int, default=SHARD_TOKENS, help="size of the set that is read")
     arguments = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="loader-speed-", dir=arguments.folder))
     torch.set_num_threads(1)
@@ -171,6 +174,7 @@ def main() -> None:
             rounds=arguments.rounds,
             batches=arguments.batches,
             micro_batch_size=arguments.micro_batch_size,
+            shard_tokens=arguments.shard_tokens,
         )
     finally:
         shutil.rmtree(folder)

@@ -1,0 +1,68 @@
+"""The benchmarks in a short form: they run, measure all that they should, and write what they say. No times are judged."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from tests.support import command, environment
+
+CONTENDERS = {
+    "toolkit",
+    "toolkit-compiled",
+    "toolkit-bare",
+    "transformers",
+    "transformers-compiled",
+    "transformers-trainer",
+    "ceiling",
+}
+
+
+def bench(*arguments: str) -> str:
+    """What `make bench` runs, with options: its output."""
+    done = command("-m", "tests.benchmarks", *arguments, env=environment(OMP_NUM_THREADS="1"), timeout=280)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_step_speed_measures_all_contenders_and_writes_a_table_and_a_picture(tmp_path: Path) -> None:
+    options = ("--size", "tiny", "--tokens", "64", "--rounds", "1", "--steps", "1", "--threads", "1")
+    printed = bench("step_speed", *options, "--sequence-length", "32", "--out", str(tmp_path))
+    picture = (tmp_path / "step-tiny-fp32-32-64.png").read_bytes()
+    assert picture.startswith(b"\x89PNG\r\n\x1a\n")
+    assert len(picture) > 5_000
+    found = json.loads((tmp_path / "step-tiny-fp32-32-64.json").read_text())
+    assert "T = 32" in found["title"]
+    rows = {row["contender"]: row for row in found["rows"]}
+    assert set(rows) == CONTENDERS
+    for name, row in rows.items():
+        numbers = [row["tokens_per_second"], row["peak_gib"], row["share_of_ceiling"], *row["rounds"]]
+        assert all(math.isfinite(number) and number > 0 for number in numbers), name
+        assert len(row["rounds"]) == 1
+        assert f"\n{name} " in printed
+    pairs = {(ratio["what"], ratio["contender"], ratio["over"]): ratio for ratio in found["ratios"]}
+    assert {target["target"] for target in pairs.values()} == {1.3, 2.5, 0.98, 0.60, 0.55}
+    ratio = pairs["tokens_per_second", "toolkit-compiled", "transformers-trainer"]
+    both = rows["toolkit-compiled"]["tokens_per_second"], rows["transformers-trainer"]["tokens_per_second"]
+    assert ratio["both"] == list(both)
+    assert ratio["ratio"] == pytest.approx(both[0] / both[1])
+    assert "toolkit-compiled / transformers-trainer" in printed
+
+
+def test_loader_prepare_and_checkpoint_speed_in_short(tmp_path: Path) -> None:
+    folder = ("--folder", str(tmp_path))
+    loader = bench("loader_speed", *folder, "--rounds", "1", "--batches", "4", "--shard-tokens", "100000")
+    assert "million tokens/s" in loader
+    prepare = bench("prepare_speed", *folder, "--rounds", "1", "--megabytes", "1", "--workers", "1")
+    assert "of tiktoken (target 0.85)" in prepare
+    checkpoint = bench("checkpoint_speed", *folder, "--pairs", "1", "--scale", "0.001")
+    assert "plain write and fsync" in checkpoint
+    assert list(tmp_path.iterdir()) == []  # all that they wrote is gone
+
+
+def test_an_unknown_benchmark_or_options_without_one_are_refused() -> None:
+    for arguments in (("step_sped",), ("step_speed", "loader_speed", "--rounds", "1"), ("--rounds", "1")):
+        done = command("-m", "tests.benchmarks", *arguments)
+        assert done.returncode == 2
+        assert done.stderr.startswith("error: name some of step_speed, loader_speed, prepare_speed, checkpoint_speed")
