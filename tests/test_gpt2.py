@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from toolkit.config import GPT2Config, gpt2_config
+from toolkit.config import DataConfig, GPT2Config, TrainConfig, TrainingConfig, gpt2_config
 from toolkit.errors import UserError
 from toolkit.model.gpt2 import (
     GPT2,
@@ -29,6 +29,7 @@ from toolkit.model.gpt2 import (
 )
 from toolkit.model.loss import cross_entropy
 from toolkit.training.environment import configure_torch
+from toolkit.training.plan import saved_activation_bytes
 
 TINY = GPT2Config(n_layer=2, n_head=2, n_embd=32, context_length=24, vocab_size=257)  # padded to 320 rows
 
@@ -328,6 +329,12 @@ def test_compilation_keeps_less_than_autograd_and_no_result_of_gelu_or_layer_nor
     block = 12 * 2 * positions * width + positions * 4 * (2 + 2 * 2)
     rest = positions * (4 * width + 4 * width + 16) + 320 * width * 4 + 4096
     assert compiled < layers * block + rest
+    recipe = TrainConfig(
+        model=TINY,
+        data=DataConfig(sequence_length=24),
+        training=TrainingConfig(tokens_per_step=positions, micro_batch_size=8, loss_chunk_tokens=64),
+    )
+    assert compiled < 0.8 * saved_activation_bytes(recipe, "bf16", micro_batch_size=8)  # which plan reckons with
 
 
 class LiveBytes(TorchDispatchMode):

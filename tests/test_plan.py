@@ -185,8 +185,9 @@ def test_the_124m_recipe_on_12_gb():
     assert memory_estimate(RECIPE, "bf16", micro_batch_size=32).peak > usable_bytes(12 * GIB)
 
 
-def test_the_recipe_file_has_the_micro_batch_that_the_plan_finds_for_12_gb():
-    path = Path(__file__).parents[1] / "recipes" / "train_124m.py"
+@pytest.mark.parametrize("name", ["train_124m", "speedrun_124m"])
+def test_the_recipe_files_have_the_micro_batch_that_the_plan_finds_for_12_gb(name):
+    path = Path(__file__).parents[1] / "recipes" / f"{name}.py"
     config = runpy.run_path(str(path), run_name="recipe")["CONFIG"]
     assert config.training.micro_batch_size == plan(config, "rtx3060").micro_batch_size
 
