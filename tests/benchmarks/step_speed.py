@@ -2,7 +2,8 @@
 own matrix-product rate that is.
 
 Each contender runs in a process of its own, in alternating rounds; the medians of the rounds are printed as tokens/s,
-with each one's peak memory (beyond what the imported libraries take) and its share of the ceiling, and then the ratios that this toolkit sets itself as targets.
+with each one's peak memory (beyond what the imported libraries take) and its share of the ceiling, and then the ratios
+that this toolkit sets itself as targets.
 Contenders, all on the same number of random tokens a step, in one micro-batch:
 - toolkit, toolkit-compiled: `Trainer.train_step` of this toolkit, with everything that a run does in a step;
 - toolkit-bare: a bare loop around this toolkit's own model: what Trainer and Accelerate cost is the difference;

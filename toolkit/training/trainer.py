@@ -739,7 +739,7 @@ class Trainer:
             seed=self.config.training.seed,
             position=self.position,
             shuffle_group_shards=self.config.data.shuffle_group_shards,
-            # Only from pinned memory can a batch be copied while the GPU computes and Python goes on (`_accelerator`: non_blocking).
+            # Only from pinned memory is a copy non-blocking: it runs while the GPU computes and Python goes on.
             pin_memory=self.device.type == "cuda",
         )
         self.accelerator._dataloaders.clear()  # the one before a rewind or a smaller micro-batch
