@@ -40,7 +40,7 @@ DOORS = {
     "tiktoken": {"toolkit/data/tokenizer.py"},
     "tokenizers": {"toolkit/data/tokenizer.py"},
     "datasets": {"toolkit/data/sources.py", "toolkit/data/hub.py"},
-    "pyarrow": {"toolkit/data/sources.py", "toolkit/data/documents.py"},
+    "pyarrow": {"toolkit/data/sources.py"},
     "safetensors": {
         "toolkit/training/checkpoint.py",
         "toolkit/training/tensor_file.py",
