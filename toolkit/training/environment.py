@@ -142,7 +142,7 @@ def configure_torch(device: torch.device, *, deterministic: bool) -> None:
         torch.backends.cudnn.allow_tf32 = True
     # Under torch.compile: the outputs of GELU and LayerNorm are computed again from their inputs, which are kept anyway,
     # where the backward pass's products need them, and so are 16-bit weights. A third less is kept from the forward pass
-    # (GPT-2 124M, bf16, 8 x 1024 tokens: 1.7 GiB, not 2.7) for less than 1 % of a step's time (2 AVX2 cores, fp32).
+    # (GPT-2 124M, bf16, 8 x 1024 tokens: 1.7 GiB, not 2.7) for about 1 % of a step's time (2 AVX2 cores, fp32).
     partitioner.ban_recompute_materialized_backward = False
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts; deterministic needs it
