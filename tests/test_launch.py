@@ -1,5 +1,6 @@
 """Recipes as users start them: launched, on several processes and machines, killed, signalled, and mistyped."""
 
+import contextlib
 import json
 import os
 import signal
@@ -7,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -31,12 +33,25 @@ MACHINES = ("--multi_gpu", "--num_processes", "2", "--num_machines", "2", "--mai
 LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--quiet"]
 
 
+_started: list[subprocess.Popen[str]] = []
+
+
+@pytest.fixture(autouse=True)
+def nothing_left_behind() -> Iterator[None]:
+    """A test that fails would leave a run behind that goes on for ever."""
+    yield
+    for process in _started:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    _started.clear()
+
+
 def start(
     config: TrainConfig, *, launch: tuple[str, ...] | None = None, env: dict[str, str] | None = None
 ) -> subprocess.Popen[str]:
     """The recipe running in the background, in a session of its own, with its output in pipes."""
     prefix = [sys.executable] if launch is None else [*LAUNCH, *launch]
-    return subprocess.Popen(
+    process = subprocess.Popen(
         [*prefix, RECIPE, *flags(config, DEMO)],
         env=env or environment(),
         cwd=ROOT,
@@ -45,9 +60,11 @@ def start(
         text=True,
         start_new_session=True,
     )
+    _started.append(process)
+    return process
 
 
-def wait_for_step(run: Path, step: int, *, timeout: float = 60) -> None:
+def wait_for_step(run: Path, step: int, *, timeout: float = 180) -> None:
     deadline = time.monotonic() + timeout
     while time.monotonic() < deadline:
         path = run / "metrics.jsonl"
@@ -221,14 +238,13 @@ def test_a_dead_rank_takes_the_job_down_and_a_stuck_one_is_found(tiny: TrainConf
 
 
 def test_a_rank_that_leaves_or_is_stopped_takes_the_job_down(tiny: TrainConfig) -> None:
-    config = change(long(tiny), training={"checkpoint_every": 1, "watchdog_minutes": 0.05})
+    config = long(tiny, checkpoint_every=1, watchdog_minutes=0.1)
     run = Path(config.run.dir)
     left = command(
         RECIPE,
         *flags(config, DEMO),
         launch=TWO,
         env=environment(TOOLKIT_FAILPOINTS="trainer.before-backward#1=exit:0@9"),
-        timeout=60,
     )
     assert left.returncode != 0
     assert "process 0 lost the connection to another process in step 5" in left.stderr
@@ -237,12 +253,12 @@ def test_a_rank_that_leaves_or_is_stopped_takes_the_job_down(tiny: TrainConfig) 
     wait_for_step(run, 8)
     ranks = children_of(process.pid)
     os.kill(ranks[0], signal.SIGSTOP)
-    assert gone(ranks[1:], within=30)  # the watchdog of the rank that waits for it
+    assert gone(ranks[1:], within=90)  # the watchdog of the rank that waits for it
     os.kill(ranks[0], signal.SIGCONT)  # or the launcher would wait for 30 s before it kills it
-    output, _ = process.communicate(timeout=40)
+    output, _ = process.communicate(timeout=90)
     assert process.returncode != 0
-    assert "Timeout (0:00:03)!" in output
-    assert "all_reduce" in output  # where it waited
+    assert "Timeout (0:00:06)!" in output
+    assert 'trainer.py", line' in output  # where it waited
     assert gone(ranks, within=30)
 
 
