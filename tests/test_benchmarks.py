@@ -2,11 +2,15 @@
 
 import json
 import math
+from argparse import Namespace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from tests.benchmarks.tokens_to_loss import Run, config_of, write_report
 from tests.support import command, environment
+from toolkit.model.gpt2 import num_parameters
 
 CONTENDERS = {
     "toolkit",
@@ -66,3 +70,25 @@ def test_an_unknown_benchmark_or_options_without_one_are_refused() -> None:
         done = command("-m", "tests.benchmarks", *arguments)
         assert done.returncode == 2
         assert done.stderr.startswith("error: name some of step_speed, loader_speed, prepare_speed, checkpoint_speed")
+
+
+def test_tokens_to_loss_shrinks_the_recipes_and_compares_their_best_rates(tmp_path: Path) -> None:
+    small = config_of(Run("muon", 0.04, 2, 64), data="somewhere", folder=tmp_path)
+    assert small.optimizer.name == "muon"
+    assert (small.optimizer.muon_learning_rate, small.training.seed) == (0.04, 2)
+    assert small.schedule.warmup_steps + small.schedule.decay_steps == small.training.max_steps == 64
+    assert 5e6 < num_parameters(small.model) < 10e6
+
+    def curve(loss: float, tokens: int) -> list[dict[str, Any]]:
+        return [{"step": n, "tokens": n * tokens // 2, "loss/val": loss + 2 - n} for n in (1, 2)]
+
+    curves = {Run("adamw", 1e-3, seed, 10): curve(2.0 + seed / 10, 1000) for seed in (1, 2, 3)}
+    curves |= {Run("adamw", 2e-3, 1, 10): curve(2.5, 1000)}
+    curves |= {Run("muon", 0.04, seed, 4): curve(1.8, 400) for seed in (1, 2, 3)}
+    text = write_report(curves, Namespace(out=tmp_path))
+    assert "| adamw | 0.002 | 1 | 1,000 | 2.5000 |" in text
+    assert "AdamW 2.2000 after 1,000 tokens, Muon 1.8000 after 400 (0.400 of them)" in text
+    assert text in (tmp_path / "tokens-to-loss.md").read_text()
+    rows = [json.loads(line) for line in (tmp_path / "tokens-to-loss.jsonl").read_text().splitlines()]
+    assert [row["curve"] for row in rows] == list(curves.values())
+    assert (tmp_path / "tokens-to-loss.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
