@@ -502,7 +502,7 @@ def test_the_muon_recipe_resumes_to_the_bit_and_loads_in_transformers(
     config = dataclasses.replace(tiny, model=model, optimizer=CONFIG.optimizer, schedule=short)
     run = fit(config)
     losses = [row["loss/train"] for row in rows(run) if "loss/train" in row]
-    assert losses[-1] < losses[0] - 1.0
+    assert losses[-1] < losses[0] - 0.4
     assert rows(run)[-2]["learning_rate"] == pytest.approx(CONFIG.optimizer.learning_rate / 6)  # linear, down to zero
     parts = change(config, run={"dir": str(tmp_path / "parts")})
     fit(change(parts, training={"max_steps": 3}))
