@@ -343,8 +343,7 @@ def test_launchers_that_restart_a_failed_group_continue_the_run(tiny: TrainConfi
     torchrun = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "--max-restarts", "3")
     for name, prefix, launch in (
         ("accelerate", (), (*TWO, "--max_restarts", "3")),
-        ("torchrun-static", torchrun, None),
-        ("torchrun-c10d", (*torchrun, "--standalone"), None),
+        ("torchrun", (*torchrun, "--standalone"), None),
     ):
         config = change(tiny, run={"dir": str(tmp_path / name)})
         result = command(*prefix, RECIPE, *flags(config, DEMO), launch=launch, env=dying)
