@@ -380,3 +380,15 @@ def test_large_documents_are_announced_before_they_are_read(
     if ending != "parquet":
         assert f"x.{ending} line 2 has 2 MiB" in heard[0]
     assert [text for text, _ in documents(large, Counts())][-1] == texts[1]
+
+
+def test_rows_of_very_different_sizes_come_one_by_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three large documents side by side among small ones are never in memory together."""
+    monkeypatch.setattr(reading, "BLOCK_BYTES", 2**16)
+    monkeypatch.setattr(reading, "LARGE_DOCUMENT_BYTES", 2**20)
+    texts = [character * 2**19 for character in "abc"] + [f"small {number}" for number in range(2000)]
+    for dictionary in (True, False):
+        source = open_source([str(write_table(tmp_path / f"{dictionary}.parquet", texts, use_dictionary=dictionary))])
+        blocks = list(source.blocks(Position(), find_cut=FIND_CUT, notice=print))
+        assert texts_of(blocks) == texts
+        assert max(len(block.payload) for block in blocks) < 2**19 + 2**17

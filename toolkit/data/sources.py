@@ -330,7 +330,7 @@ def row_groups(context: ReadContext, table: Any, first_row: int, column: str) ->
             if page > reading.LARGE_DOCUMENT_BYTES:
                 context.notice(
                     f"{context.file.label} rows {start} to {end - 1} lie in pages of up to {page / 2**20:.0f} MiB: reading "
-                    f"one takes up to {3 * page / 2**30:.1f} GiB of memory"
+                    f"one takes up to {4 * page / 2**30:.1f} GiB of memory"
                 )
             found.append(group)
         start = end
@@ -349,9 +349,12 @@ def rows_of(context: ReadContext, table: Any, group: RowGroup, first_row: int, c
     """Blocks of about BLOCK_BYTES from a row group, from a row on."""
     num_rows = table.metadata.num_rows
     rows_at_a_time = max(1, min(ROWS_AT_A_TIME, reading.BLOCK_BYTES * (group.end - group.start) // max(1, group.size)))
+    if group.size > reading.LARGE_DOCUMENT_BYTES:
+        rows_at_a_time = 1  # any of them may be large, whatever their mean
     row, skip = first_row, first_row - group.start
     lengths: list[int] = []
     parts: list[bytes] = []
+    size = 0  # of the parts
     for batch in table.iter_batches(
         batch_size=rows_at_a_time, row_groups=[group.index], columns=[column], use_threads=False
     ):
@@ -362,8 +365,9 @@ def rows_of(context: ReadContext, table: Any, group: RowGroup, first_row: int, c
         skip = 0
         lengths += array_lengths
         parts.append(data)
+        size += len(data)
         end = row + len(lengths)
-        if end == group.end or sum(map(len, parts)) >= reading.BLOCK_BYTES:
+        if end == group.end or size >= reading.BLOCK_BYTES:
             yield Block(
                 form="rows",
                 header={"name": context.file.label, "row": row},
@@ -371,7 +375,7 @@ def rows_of(context: ReadContext, table: Any, group: RowGroup, first_row: int, c
                 end=context.position(row=end) if end < num_rows else context.next_file(),
                 source_bytes=context.before + context.file.size * end // num_rows,
             )
-            row, lengths, parts = end, [], []
+            row, lengths, parts, size = end, [], [], 0
 
 
 def _strings(array: Any) -> tuple[list[int], bytes]:
