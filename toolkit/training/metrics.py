@@ -268,10 +268,9 @@ def _known_checksums(folder: Path) -> set[bytes] | None:
     if not lines or any(_crc(line[:8]) != line[8:] for line in lines):
         return None
     known = {line[:8] for line in lines}
-    rows = [line for name in LOG_NAMES for line in _read(log_path(folder, name)).split(b"\n")[:-1]]
-    found = {_crc(line) for line in rows}
-    strangers = sum(_crc(line) not in known and _parse(line) is not None for line in rows)
-    return known if strangers <= len(known - found) else None
+    rows = [(_crc(line), line) for name in LOG_NAMES for line in _read(log_path(folder, name)).split(b"\n")[:-1]]
+    strangers = sum(crc not in known and _parse(line) is not None for crc, line in rows)
+    return known if strangers <= len(known.difference(crc for crc, _ in rows)) else None
 
 
 def _is_no_file(path: Path) -> bool:
