@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.benchmarks.tokens_to_loss import Run, config_of, write_report
+from tests.benchmarks.tokens_to_loss import SETTINGS, Run, config_of, write_report
 from tests.support import command, environment
 from toolkit.model.gpt2 import num_parameters
 
@@ -16,6 +16,7 @@ CONTENDERS = {
     "toolkit",
     "toolkit-compiled",
     "toolkit-bare",
+    "toolkit-bare-compiled",
     "transformers",
     "transformers-compiled",
     "transformers-trainer",
@@ -75,11 +76,13 @@ def test_an_unknown_benchmark_or_options_without_one_are_refused() -> None:
 
 
 def test_tokens_to_loss_shrinks_the_recipes_and_compares_their_best_rates(tmp_path: Path) -> None:
-    small = config_of(Run("muon", 0.04, 2, 64), data="somewhere", folder=tmp_path)
+    small = config_of(Run("muon", 0.04, 2, 64), SETTINGS["5M"], data="somewhere", folder=tmp_path)
     assert small.optimizer.name == "muon"
     assert (small.optimizer.muon_learning_rate, small.training.seed) == (0.04, 2)
     assert small.schedule.warmup_steps + small.schedule.decay_steps == small.training.max_steps == 64
     assert 5e6 < num_parameters(small.model) < 10e6
+    large = config_of(Run("adamw", 1e-3, 1, 64), SETTINGS["124M"], data="somewhere", folder=tmp_path)
+    assert num_parameters(large.model) == 124_439_808
 
     def curve(loss: float, tokens: int) -> list[dict[str, Any]]:
         return [{"step": n, "tokens": n * tokens // 2, "loss/val": loss + 2 - n} for n in (1, 2)]
@@ -87,7 +90,7 @@ def test_tokens_to_loss_shrinks_the_recipes_and_compares_their_best_rates(tmp_pa
     curves = {Run("adamw", 1e-3, seed, 10): curve(2.0 + seed / 10, 1000) for seed in (1, 2, 3)}
     curves |= {Run("adamw", 2e-3, 1, 10): curve(2.5, 1000)}
     curves |= {Run("muon", 0.04, seed, 4): curve(1.8, 400) for seed in (1, 2, 3)}
-    text = write_report(curves, Namespace(out=tmp_path))
+    text = write_report(curves, Namespace(out=tmp_path, setting="5M"))
     assert "| adamw | 0.002 | 1 | 1,000 | 2.5000 |" in text
     assert "AdamW 2.2000 after 1,000 tokens, Muon 1.8000 after 400 (0.400 of them)" in text
     assert text in (tmp_path / "tokens-to-loss.md").read_text()

@@ -6,13 +6,18 @@ with each one's peak memory (beyond what the imported libraries take) and its sh
 that this toolkit sets itself as targets.
 Contenders, all on the same number of random tokens a step, in one micro-batch:
 - toolkit, toolkit-compiled: `Trainer.train_step` of this toolkit, with everything that a run does in a step;
-- toolkit-bare: a bare loop around this toolkit's own model: what Trainer and Accelerate cost is the difference;
+- toolkit-bare, toolkit-bare-compiled: a bare loop around this toolkit's own model: what Trainer and Accelerate cost is
+  the difference;
 - transformers, transformers-compiled: GPT2LMHeadModel in a bare PyTorch loop, SDPA on, the loss inside the model;
 - transformers-trainer: the same model in `transformers.Trainer` with its defaults, nothing saved or reported.
 The ceiling is the rate of plain matrix products of the model's own shapes, forward and backward.
 
-    python -m tests.benchmarks.step_speed [--size 124M|small|tiny] [--sequence-length 512 1024] [--tokens 1024]
-                                          [--precision fp32|bf16] [--rounds 5] [--steps 3] [--out bench-results]
+On a GPU, memory is what CUDA's allocator held at most, and fp32 is what each contender makes of it: TF32 in this toolkit.
+
+    python -m tests.benchmarks.step_speed [--size 124M|355M|small|tiny] [--sequence-length 512 1024] [--tokens 1024]
+                                          [--precision fp32|bf16] [--device cpu|cuda] [--rounds 5] [--steps 3]
+                                          [--out bench-results]
+    python -m tests.benchmarks.step_speed --device cuda --precision bf16 --tokens 16384 --sequence-length 1024 --steps 20
     python -m tests.benchmarks.step_speed --size tiny --tokens 128 --sequence-length 64 --rounds 1 --steps 1   # a look
     python -m tests.benchmarks.step_speed --tokens 8192 --sequence-length 1024   # the memory of micro-batch 8
 """
@@ -23,12 +28,10 @@ import importlib
 import json
 import multiprocessing
 import os
-import resource
 import statistics
 import tempfile
 import time
 from collections.abc import Callable
-from itertools import pairwise
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -50,7 +53,7 @@ from toolkit.data.manifest import Manifest, TokenizerInfo, write_manifest
 from toolkit.data.shards import ShardWriter, shard_file_name
 from toolkit.data.tokenizer import load_tokenizer
 from toolkit.model.gpt2 import GPT2, flops_per_token, padded_vocab_size
-from toolkit.training.environment import configure_torch
+from toolkit.training.environment import configure_torch, device_name, peak_memory_gib
 from toolkit.training.optimizer import build_optimizer
 from toolkit.training.trainer import Trainer
 
@@ -58,21 +61,25 @@ CONTENDERS = (
     "toolkit",
     "toolkit-compiled",
     "toolkit-bare",
+    "toolkit-bare-compiled",
     "transformers",
     "transformers-compiled",
     "transformers-trainer",
     "ceiling",
 )
 # (faster, slower, at least): tokens/s of the one over the other's, at 124M, bf16, T = 512 and 1,024 tokens on 2 cores.
+# On a GPU, where the step is compiled unless told otherwise, it is the compiled one that is compared with the bare loop.
 SPEED_TARGETS = (
     ("toolkit-compiled", "transformers-compiled", 1.3),
     ("toolkit-compiled", "transformers-trainer", 2.5),
     ("toolkit", "toolkit-bare", 0.98),
+    ("toolkit-compiled", "toolkit-bare-compiled", 0.98),
     ("toolkit-compiled", "ceiling", 0.60),
 )
 # (smaller, larger, at most): peak memory of the one over the other's, at 124M, micro-batch 8 and T = 1024.
 MEMORY_TARGETS = (("toolkit", "transformers", 0.55), ("toolkit-compiled", "transformers-compiled", 0.55))
 WARMUP_STEPS = 2
+PUBLISHED = ("124M", "355M", "774M")
 SIZES = {
     "small": {"n_layer": 2, "n_head": 4, "n_embd": 256},
     "tiny": {"n_layer": 1, "n_head": 1, "n_embd": 32},
@@ -80,8 +87,9 @@ SIZES = {
 
 
 def model_config(arguments: argparse.Namespace) -> GPT2Config:
-    """The model that is measured: GPT-2 124M at its real shape, or a smaller one for a quick look."""
-    return gpt2_config("124M", context_length=1024, **SIZES.get(arguments.size, {}))
+    """The model that is measured: a GPT-2 of a published shape, or a smaller one for a quick look."""
+    published = arguments.size if arguments.size in PUBLISHED else "124M"
+    return gpt2_config(published, context_length=1024, **SIZES.get(arguments.size, {}))
 
 
 def write_random_set(folder: Path, *, tokens: int) -> None:
@@ -98,16 +106,22 @@ def write_random_set(folder: Path, *, tokens: int) -> None:
     write_manifest(folder, Manifest(schema_version=1, source={"kind": "benchmark"}, tokenizer=info, splits=splits))
 
 
-def time_steps(step: Callable[[], Any], *, steps: int) -> float:
-    """Median seconds of a step after the warm-up."""
+def time_steps(step: Callable[[], Any], *, steps: int, device: torch.device) -> float:
+    """Mean seconds of a step after the warm-up; a GPU may run behind Python from one step to the next, but not past the last."""
     for _ in range(WARMUP_STEPS):
         step()
-    seconds = []
+    synchronize(device)
+    started = time.perf_counter()
     for _ in range(steps):
-        started = time.perf_counter()
         step()
-        seconds.append(time.perf_counter() - started)
-    return statistics.median(seconds)
+    synchronize(device)
+    return (time.perf_counter() - started) / steps
+
+
+def synchronize(device: torch.device) -> None:
+    """Waits for all that the device has been given to do."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def toolkit_steps(arguments: argparse.Namespace, *, compiled: bool) -> float:
@@ -129,7 +143,7 @@ def toolkit_steps(arguments: argparse.Namespace, *, compiled: bool) -> float:
         )
         with Trainer(config) as trainer:
             trainer.resume()
-            return time_steps(trainer.train_step, steps=arguments.steps)
+            return time_steps(trainer.train_step, steps=arguments.steps, device=trainer.device)
 
 
 def their_model(config: GPT2Config) -> Any:
@@ -153,35 +167,35 @@ def their_model(config: GPT2Config) -> Any:
 
 def bare_steps(arguments: argparse.Namespace, contender: str) -> float:
     """Seconds of a step of a bare PyTorch loop: forward, backward, clipping, fused AdamW."""
-    config = model_config(arguments)
+    config, device = model_config(arguments), torch.device(arguments.device)
     batch = arguments.tokens // arguments.sequence_length
-    ids = torch.randint(0, config.vocab_size, (batch, arguments.sequence_length + 1))
+    ids = torch.randint(0, config.vocab_size, (batch, arguments.sequence_length + 1), device=device)
     inputs, targets = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
+    own = contender.startswith("toolkit-bare")
     model: Any
-    if contender == "toolkit-bare":
-        configure_torch(torch.device("cpu"), deterministic=False)
-        model = GPT2(config, seed=1)
-        optimizer = build_optimizer(model, TrainConfig().optimizer, device_type="cpu")
+    if own:
+        configure_torch(device, deterministic=False)
+        model = GPT2(config, seed=1).to(device)
+        optimizer = build_optimizer(model, TrainConfig().optimizer, device_type=device.type)
     else:
-        model = their_model(config)
+        model = their_model(config).to(device)
         optimizer = torch.optim.AdamW(model.parameters(), fused=True)
-        if contender == "transformers-compiled":
-            model.compile()
-    autocast = torch.autocast("cpu", torch.bfloat16) if arguments.precision == "bf16" else contextlib.nullcontext()
+    if contender.endswith("compiled"):
+        model.compile()
+    bf16 = arguments.precision == "bf16"
+    autocast = torch.autocast(device.type, torch.bfloat16) if bf16 else contextlib.nullcontext()
 
     def step() -> None:
         with autocast:
-            if contender == "toolkit-bare":
-                loss = model(inputs, targets)
-            else:  # it shifts the labels itself, and computes the loss where torch.compile sees it
-                loss = model(input_ids=inputs, labels=inputs).loss
+            # theirs shifts the labels itself, and computes the loss where torch.compile sees it
+            loss = model(inputs, targets) if own else model(input_ids=inputs, labels=inputs).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
         loss.item()
 
-    return time_steps(step, steps=arguments.steps)
+    return time_steps(step, steps=arguments.steps, device=device)
 
 
 def their_trainer_steps(arguments: argparse.Namespace) -> float:
@@ -190,12 +204,14 @@ def their_trainer_steps(arguments: argparse.Namespace) -> float:
 
     config = model_config(arguments)
     windows = torch.randint(0, config.vocab_size, (64, arguments.sequence_length))
-    batch = arguments.tokens // arguments.sequence_length
-    ends: list[float] = []
+    batch, device = arguments.tokens // arguments.sequence_length, torch.device(arguments.device)
+    times: list[float] = []
 
     class Clock(transformers.TrainerCallback):  # type: ignore[misc]
-        def on_step_end(self, *_: Any, **__: Any) -> None:
-            ends.append(time.perf_counter())
+        def on_step_end(self, _: Any, state: Any, *__: Any, **___: Any) -> None:
+            if state.global_step in (WARMUP_STEPS, WARMUP_STEPS + arguments.steps):
+                synchronize(device)
+                times.append(time.perf_counter())
 
     with tempfile.TemporaryDirectory() as temporary:
         settings = transformers.TrainingArguments(
@@ -206,7 +222,7 @@ def their_trainer_steps(arguments: argparse.Namespace) -> float:
             save_strategy="no",
             report_to="none",
             disable_tqdm=True,
-            use_cpu=True,
+            use_cpu=device.type == "cpu",
         )
         transformers.Trainer(
             model=their_model(config),
@@ -214,7 +230,7 @@ def their_trainer_steps(arguments: argparse.Namespace) -> float:
             train_dataset=[{"input_ids": row, "labels": row} for row in windows],
             callbacks=[Clock()],
         ).train()
-    return statistics.median(after - before for before, after in pairwise(ends[WARMUP_STEPS - 1 :]))
+    return (times[1] - times[0]) / arguments.steps
 
 
 def ceiling_seconds(arguments: argparse.Namespace) -> float:
@@ -224,7 +240,15 @@ def ceiling_seconds(arguments: argparse.Namespace) -> float:
     shapes = [(width, 3 * width), (width, width), (width, 4 * width), (4 * width, width)] * config.n_layer
     shapes.append((width, padded_vocab_size(config)))
     dtype = torch.bfloat16 if arguments.precision == "bf16" else torch.float32
-    tensors = {shape: (torch.randn(tokens, shape[0], dtype=dtype), torch.randn(shape, dtype=dtype)) for shape in shapes}
+    device = torch.device(arguments.device)
+    configure_torch(device, deterministic=False)
+    tensors = {
+        shape: (
+            torch.randn(tokens, shape[0], dtype=dtype, device=device),
+            torch.randn(shape, dtype=dtype, device=device),
+        )
+        for shape in shapes
+    }
 
     def products() -> None:
         for shape in shapes:
@@ -233,13 +257,14 @@ def ceiling_seconds(arguments: argparse.Namespace) -> float:
             out @ weight.t()
             rows.t() @ out
 
-    return time_steps(products, steps=arguments.steps)
+    return time_steps(products, steps=arguments.steps, device=device)
 
 
 def measure(arguments: argparse.Namespace, contender: str) -> dict[str, float]:
-    """One contender's seconds per step and peak memory beyond the imported libraries', in this process."""
+    """One contender's seconds per step and peak memory, a CPU's beyond the imported libraries', in this process."""
     torch.set_num_threads(arguments.threads)
-    libraries = peak_rss_gib()
+    device = torch.device(arguments.device)
+    libraries = peak_memory_gib(device) if device.type == "cpu" else 0.0
     if contender == "ceiling":
         seconds = ceiling_seconds(arguments)
     elif contender == "transformers-trainer":
@@ -248,23 +273,17 @@ def measure(arguments: argparse.Namespace, contender: str) -> dict[str, float]:
         seconds = toolkit_steps(arguments, compiled=contender.endswith("compiled"))
     else:
         seconds = bare_steps(arguments, contender)
-    return {"seconds": seconds, "peak_gib": peak_rss_gib() - libraries, "libraries_gib": libraries}
-
-
-def peak_rss_gib() -> float:
-    """The most memory that this process has held so far."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    return {"seconds": seconds, "peak_gib": peak_memory_gib(device) - libraries, "libraries_gib": libraries}
 
 
 def measure_apart(arguments: argparse.Namespace, contender: str) -> dict[str, float]:
-    """`measure` in a process of its own, which has all libraries imported but has run nothing yet."""
-    context = multiprocessing.get_context("fork")
+    """`measure` in a process of its own: on a CPU one with all libraries imported already, on a GPU a fresh one.
+
+    Why: memory of a CPU is counted from there on, and CUDA does not work in a process that was forked.
+    """
+    context = multiprocessing.get_context("fork" if arguments.device == "cpu" else "spawn")
     ours, theirs = context.Pipe(duplex=False)
-
-    def run(answer: Connection) -> None:
-        answer.send(measure(arguments, contender))
-
-    process = context.Process(target=run, args=(theirs,))
+    process = context.Process(target=send_measure, args=(theirs, arguments, contender))  # type: ignore[attr-defined]
     process.start()
     theirs.close()
     try:
@@ -273,6 +292,11 @@ def measure_apart(arguments: argparse.Namespace, contender: str) -> dict[str, fl
         raise SystemExit(f"{contender} failed; what it printed is above") from None
     process.join()
     return result
+
+
+def send_measure(answer: Connection, arguments: argparse.Namespace, contender: str) -> None:
+    """What the other process does."""
+    answer.send(measure(arguments, contender))
 
 
 def run_rounds(arguments: argparse.Namespace) -> dict[str, list[dict[str, float]]]:
@@ -345,16 +369,17 @@ def run_shape(arguments: argparse.Namespace) -> None:
     results = run_rounds(arguments)
     rows = table(results, arguments)
     flops = flops_per_token(model_config(arguments), arguments.sequence_length)
+    where = f"{arguments.threads} CPU threads" if arguments.device == "cpu" else device_name(torch.device("cuda"))
     title = (
         f"GPT-2 {arguments.size}, {arguments.precision}, {arguments.tokens} tokens a step, T = {arguments.sequence_length}, "
-        f"{arguments.threads} CPU threads, {flops / 1e9:.2f} GFLOP per token"
+        f"{where}, {flops / 1e9:.2f} GFLOP per token"
     )
     print(title)
-    print(f"{'contender':<24}{'tokens/s':>10}{'peak GiB':>10}{'of ceiling':>12}   rounds")
+    print(f"{'contender':<24}{'tokens/s':>11}{'peak GiB':>10}{'of ceiling':>12}   rounds")
     for row in rows:
         share = f"{row['share_of_ceiling']:.2f}" if row["share_of_ceiling"] else "-"
         print(
-            f"{row['contender']:<24}{row['tokens_per_second']:>10.1f}{row['peak_gib']:>10.2f}{share:>12}   {row['rounds']}"
+            f"{row['contender']:<24}{row['tokens_per_second']:>11.1f}{row['peak_gib']:>10.2f}{share:>12}   {row['rounds']}"
         )
     targets = ratios(rows)
     print("ratios; targets of speed are for 124M, bf16, T = 512; of memory for 124M, 8 windows of T = 1024")
@@ -371,10 +396,11 @@ def run_shape(arguments: argparse.Namespace) -> None:
 def main() -> None:
     """Measures, prints tables, and writes them with pictures into the folder of results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", default="124M", choices=("124M", *SIZES))
+    parser.add_argument("--size", default="124M", choices=(*PUBLISHED, *SIZES))
     parser.add_argument("--sequence-length", type=int, nargs="+", default=[512], help="one table for each")
     parser.add_argument("--tokens", type=int, default=1024, help="tokens in a step, one micro-batch")
     parser.add_argument("--precision", default="fp32", choices=("fp32", "bf16"))
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
@@ -384,6 +410,8 @@ def main() -> None:
     for length in arguments.sequence_length:
         if arguments.tokens % length:
             parser.error(f"--tokens {arguments.tokens} is not a multiple of --sequence-length {length}")
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: no CUDA device is available here")
     # Imported once, before the processes part: their times and peaks begin with the same libraries in memory.
     importlib.import_module("transformers.models.gpt2.modeling_gpt2")
     importlib.import_module("transformers.trainer")

@@ -765,7 +765,8 @@ class Trainer:
         try:
             with self.accelerator.no_sync(self.model):
                 failpoint("trainer.trial")
-                self.accelerator.backward(self.model(ids, ids))
+                # Two tensors, as in training: for one given twice, torch.compile would make a program of its own.
+                self.accelerator.backward(self.model(ids, ids.clone()))
         except torch.OutOfMemoryError:
             return False
         finally:
