@@ -45,7 +45,7 @@ prepare-data: install ## FineWeb-Edu sample-10BT from the Hub -> data/fineweb-ed
 train: install ## the 124M run on FineWeb-Edu; continues where it stopped
 	$(LAUNCH) recipes/train_124m.py $(ARGS)
 
-test: install ## the test suite: no network but the package index, no GPU
+test: install ## the test suite: no network but the package index; a GPU is used if there is one
 	$(BIN)/python -m pytest -n $(TEST_JOBS) $(ARGS)
 
 lint: EXTRAS := dev

@@ -90,10 +90,12 @@ def test_tokens_to_loss_shrinks_the_recipes_and_compares_their_best_rates(tmp_pa
     curves = {Run("adamw", 1e-3, seed, 10): curve(2.0 + seed / 10, 1000) for seed in (1, 2, 3)}
     curves |= {Run("adamw", 2e-3, 1, 10): curve(2.5, 1000)}
     curves |= {Run("muon", 0.04, seed, 4): curve(1.8, 400) for seed in (1, 2, 3)}
-    text = write_report(curves, Namespace(out=tmp_path, setting="5M"))
+    text = write_report(curves, Namespace(out=tmp_path, setting="5M", note="Bytes of nothing."))
     assert "| adamw | 0.002 | 1 | 1,000 | 2.5000 |" in text
     assert "AdamW 2.2000 after 1,000 tokens, Muon 1.8000 after 400 (0.400 of them)" in text
-    assert text in (tmp_path / "tokens-to-loss.md").read_text()
+    written = (tmp_path / "tokens-to-loss.md").read_text()
+    assert text in written
+    assert "4,096 tokens a step. Bytes of nothing.\n" in written
     rows = [json.loads(line) for line in (tmp_path / "tokens-to-loss.jsonl").read_text().splitlines()]
     assert [row["curve"] for row in rows] == list(curves.values())
     assert (tmp_path / "tokens-to-loss.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")

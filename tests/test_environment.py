@@ -1,5 +1,6 @@
 """What launchers and devices decide: precision, refused variables, compilers, spikes, one-line errors."""
 
+import json
 import os
 import subprocess
 import sys
@@ -17,6 +18,24 @@ from toolkit.training.progress import duration
 from toolkit.training.spikes import SpikeDetector
 
 CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({}, ["passive", "10000"]),
+        ({"GOMP_SPINCOUNT": "7"}, ["passive", "7"]),
+        ({"OMP_WAIT_POLICY": "active"}, ["active", None]),
+    ],
+)
+def test_waiting_threads_spin_briefly_unless_told_otherwise(given: dict[str, str], expected: list[str | None]) -> None:
+    code = (
+        "import json, os; from toolkit.recipe import share_cores; share_cores(); "
+        "print(json.dumps([os.environ.get(name) for name in ('OMP_WAIT_POLICY', 'GOMP_SPINCOUNT')]))"
+    )
+    env = {name: value for name, value in environment().items() if name not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")}
+    done = subprocess.run([sys.executable, "-c", code], env=env | given, capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout) == expected
 
 
 def test_precision_follows_recipe_launcher_and_device(monkeypatch: pytest.MonkeyPatch) -> None:

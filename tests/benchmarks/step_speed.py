@@ -29,6 +29,7 @@ import json
 import multiprocessing
 import os
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -300,11 +301,14 @@ def send_measure(answer: Connection, arguments: argparse.Namespace, contender: s
 
 
 def run_rounds(arguments: argparse.Namespace) -> dict[str, list[dict[str, float]]]:
-    """All contenders in alternating rounds."""
+    """All contenders in alternating rounds, each told as it ends: a run that is cut short has shown something."""
     results: dict[str, list[dict[str, float]]] = {name: [] for name in arguments.contenders}
     for number in range(arguments.rounds):
         for name in arguments.contenders if number % 2 == 0 else arguments.contenders[::-1]:
-            results[name].append(measure_apart(arguments, name))
+            result = measure_apart(arguments, name)
+            results[name].append(result)
+            speed = f"{arguments.tokens / result['seconds']:,.1f} tokens/s"
+            print(f"round {number + 1} of {arguments.rounds}: {name} {speed}", file=sys.stderr, flush=True)
     return results
 
 

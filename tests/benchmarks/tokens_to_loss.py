@@ -198,7 +198,8 @@ def write_report(curves: dict[Run, list[dict[str, Any]]], arguments: argparse.Na
     (arguments.out / f"{setting.report}.md").write_text(
         f"# Tokens to the same validation loss: Muon and AdamW at {arguments.setting}\n\nMade by `python -m "
         f"tests.benchmarks.tokens_to_loss --setting {arguments.setting}`; what is compared is said there. "
-        f"{setting.tokens_per_step:,} tokens a step.\n\n{text}"
+        f"{setting.tokens_per_step:,} tokens a step. {arguments.note}".rstrip()
+        + f"\n\n{text}"
     )
     with (arguments.out / f"{setting.report}.jsonl").open("w") as file:
         for run, curve in curves.items():
@@ -227,7 +228,7 @@ def draw(curves: dict[Run, list[dict[str, Any]]], path: Path, *, target: float) 
     axes.axhline(target, color="black", linewidth=0.8, linestyle=":", label="AdamW's final loss")
     axes.set_xlabel("tokens trained on")
     axes.set_ylabel("validation loss [nats per token]")
-    axes.set_ylim(target - 0.15, target + 1.6)
+    axes.set_ylim(min(final(curve) for curve in curves.values()) - 0.15, target + 1.6)
     axes.legend()
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
@@ -246,6 +247,7 @@ def main() -> None:
     parser.add_argument(
         "--jobs", type=int, default=len(os.sched_getaffinity(0)), help="runs at a time, one thread each"
     )
+    parser.add_argument("--note", default="", help="a sentence for the report: the corpus, the machine")
     parser.add_argument("--runs", type=Path, default=ROOT / "runs/tokens-to-loss")
     parser.add_argument("--out", type=Path, default=ROOT / "tests/benchmarks/results")
     arguments = parser.parse_args()

@@ -15,10 +15,10 @@ from torch import Tensor
 
 IGNORED_TARGET = -100  # as in torch.nn.functional.cross_entropy
 
-# Rows of a chunk's logits that the softmax widens to fp32 at one time when nothing fuses its passes. A row of GPT-2's
-# vocabulary is 0.2 MiB: 64 of them are what a CPU's caches hold; a GPU takes no less time for fewer than 256.
-CPU_TILE_ROWS = 64
-GPU_TILE_ROWS = 256
+# Logits that the softmax widens to fp32 at one time when nothing fuses its passes: 16 MiB, which a CPU's caches hold, or 64
+# MiB, since a GPU takes no less time for fewer. That is 83 or 333 rows of GPT-2's vocabulary.
+CPU_TILE_ELEMENTS = 2**22
+GPU_TILE_ELEMENTS = 2**24
 
 # On a CPU, a 16-bit product that is added to an fp32 sum is made in so many parts, each of them still thousands of rows.
 PRODUCT_PARTS = 4
@@ -139,7 +139,8 @@ def _softmax_(logits: Tensor, targets: Tensor, vocab_size: int, *, with_gradient
     """
     logits[:, vocab_size:] = -torch.inf
     compiling = torch.compiler.is_compiling()  # then the passes are fused and nothing in fp32 is held
-    tile = CPU_TILE_ROWS if logits.device.type == "cpu" else GPU_TILE_ROWS
+    elements = CPU_TILE_ELEMENTS if logits.device.type == "cpu" else GPU_TILE_ELEMENTS
+    tile = max(1, elements // logits.size(1))
     losses = []
     for rows, row_targets in _chunks(logits, targets, len(logits) if compiling else tile):
         ignored = row_targets == IGNORED_TARGET

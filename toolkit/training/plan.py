@@ -16,7 +16,7 @@ import torch
 from toolkit.config import Precision, TrainConfig, grad_accum_steps
 from toolkit.errors import UserError
 from toolkit.model.gpt2 import canonical_shapes, flops_per_token, num_parameters, padded_vocab_size
-from toolkit.model.loss import GPU_TILE_ROWS, PRODUCT_PARTS
+from toolkit.model.loss import GPU_TILE_ELEMENTS, PRODUCT_PARTS
 from toolkit.training.environment import device_memory_bytes, device_name, resolve_precision
 from toolkit.training.hardware import DEVICES, find_device, peak_flops
 from toolkit.training.muon import BLOCK_PREFIX
@@ -314,7 +314,7 @@ def _logits_chunk_bytes(config: TrainConfig, precision: Precision, *, tokens: in
     product = _product_bytes(precision)
     # The logits, which become their own gradient in place; beside them some rows in fp32, later a part of the chunk's
     # gradient of the head, before it is added to the sum that is saved.
-    softmax = (2 if half else 1) * 4 * min(chunk, GPU_TILE_ROWS) * rows
+    softmax = (2 if half else 1) * 4 * min(logits, GPU_TILE_ELEMENTS)
     part = product * head // PRODUCT_PARTS if half and tokens > chunk else 0
     work = product * logits + max(softmax, part)
     weight_copy = 2 * head if half else 0
