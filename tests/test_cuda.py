@@ -21,7 +21,8 @@ from toolkit.training.checkpoint import load
 from toolkit.training.plan import memory_estimate
 from toolkit.training.trainer import Trainer
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+if not torch.cuda.is_available():
+    pytest.skip("needs a CUDA device", allow_module_level=True)
 os.environ.setdefault(
     "CUBLAS_WORKSPACE_CONFIG", ":4096:8"
 )  # read when cuBLAS starts, which is before some of these tests

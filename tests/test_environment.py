@@ -13,7 +13,7 @@ from tests.support import ROOT, environment
 from toolkit.errors import UserError, describe_os_error
 from toolkit.failpoint import VARIABLE, failpoint, is_set
 from toolkit.training import environment as surroundings
-from toolkit.training.environment import refuse_environment, resolve_precision, should_compile
+from toolkit.training.environment import refuse_environment, resolve_precision, should_compile, slow_precision
 from toolkit.training.progress import duration
 from toolkit.training.spikes import SpikeDetector
 
@@ -90,6 +90,18 @@ def test_harmless_variables_of_the_launcher_are_accepted(monkeypatch: pytest.Mon
     monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "NO")
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "false")
     refuse_environment()
+
+
+def test_bf16_on_a_cpu_without_its_instructions_is_called_slow(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu = torch.device("cpu")
+    monkeypatch.setattr("torch.backends.mkldnn.is_available", lambda: False)
+    line = slow_precision("bf16", cpu)
+    assert line is not None
+    assert line.endswith("use --training.precision fp32")
+    assert slow_precision("fp32", cpu) is None
+    assert slow_precision("bf16", torch.device("cuda")) is None
+    monkeypatch.setattr(surroundings, "cpu_has_bf16", lambda: True)
+    assert slow_precision("bf16", cpu) is None
 
 
 def test_compilation_needs_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -28,6 +28,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from toolkit.config import OptimizerConfig
 from toolkit.errors import UserError
+from toolkit.training.environment import cpu_has_bf16
 
 BLOCK_PREFIX = (
     "h."  # GPT-2's name for its blocks; embeddings are lookup tables, to which Muon's argument does not apply
@@ -128,9 +129,7 @@ class MuonWithAdamW(torch.optim.Optimizer):
 def _fast_products(groups: Sequence[Mapping[str, Any]]) -> AbstractContextManager[Any]:
     """Where the weights are on a CPU that has no fast bf16 products: the same products by way of fp32."""
     on_cpu = any(parameter.device.type == "cpu" for group in groups for parameter in group["params"])
-    units = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
-    fast = units and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return _WideProducts() if on_cpu and not fast else nullcontext()  # type: ignore[no-untyped-call]
+    return _WideProducts() if on_cpu and not cpu_has_bf16() else nullcontext()  # type: ignore[no-untyped-call]
 
 
 class _WideProducts(TorchDispatchMode):  # type: ignore[no-untyped-call]

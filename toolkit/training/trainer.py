@@ -45,6 +45,7 @@ from toolkit.training.environment import (
     refuse_environment,
     resolve_precision,
     should_compile,
+    slow_precision,
 )
 from toolkit.training.hardware import peak_flops
 from toolkit.training.optimizer import (
@@ -149,9 +150,10 @@ class Trainer:
             shuffle_group_shards=config.data.shuffle_group_shards,
         )
         self.tokenizer = self._load_tokenizer()
-        self.compiled, line = should_compile(config.training.compile, self.device)
-        if line:
-            self._say(line)
+        self.compiled, compiling = should_compile(config.training.compile, self.device)
+        for line in (compiling, slow_precision(self.precision, self.device)):
+            if line:
+                self._say(line)
         self.micro_batch_size = self._first_micro_batch_size()
         self.grad_accum_steps = self._derive_accumulation()
         self._start, self.finished = self._open_records()
