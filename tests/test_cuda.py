@@ -304,3 +304,27 @@ def test_gradients_of_the_chunked_loss_are_the_plain_ones(chunk_tokens: int, com
         assert mine is not None
         assert plain is not None
         assert (mine - plain).norm() <= 1e-6 * plain.norm()
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_16_bit_gradients_of_several_chunks_are_as_exact_as_those_of_one(dtype: torch.dtype, compiled: bool) -> None:
+    generator = torch.Generator("cuda").manual_seed(1)
+    hidden = torch.randn(256, 64, device="cuda", generator=generator, requires_grad=True)
+    weight = (0.3 * torch.randn(320, 64, device="cuda", generator=generator)).requires_grad_()
+    targets = torch.randint(0, 300, (256,), device="cuda", generator=generator)
+    F.cross_entropy((hidden.double() @ weight.double().t())[:, :300], targets).backward()
+    assert weight.grad is not None
+    plain = weight.grad.double()
+    errors = []
+    for chunk_tokens in (256, 32):
+        hidden.grad = weight.grad = None
+        loss = mean_cross_entropy
+        function = torch.compile(loss) if compiled else loss
+        with torch.autocast("cuda", dtype):
+            function(hidden, weight, targets, vocab_size=300, chunk_tokens=chunk_tokens).backward()
+        gradient: torch.Tensor = weight.grad
+        assert gradient.dtype == torch.float32
+        errors.append(((gradient.double() - plain).norm() / plain.norm()).item())
+    assert errors[0] < 0.02
+    assert errors[1] < 1.2 * errors[0]
