@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 
 from recipes.train_demo import CONFIG as DEMO
-from tests.support import change, command, flags, rows, toolkit
+from tests.support import change, command, environment, flags, rows, toolkit
+from tests.test_step_costs import assert_compiled_once
 from toolkit.config import TrainConfig
 from toolkit.model.loss import mean_cross_entropy
 from toolkit.training.checkpoint import load
@@ -23,9 +24,8 @@ from toolkit.training.trainer import Trainer
 
 if not torch.cuda.is_available():
     pytest.skip("needs a CUDA device", allow_module_level=True)
-os.environ.setdefault(
-    "CUBLAS_WORKSPACE_CONFIG", ":4096:8"
-)  # read when cuBLAS starts, which is before some of these tests
+# Read when cuBLAS starts, which is before some of these tests.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 PRECISIONS = ("fp32", "bf16", "fp16")
 OPTIMIZERS = ("adamw", "muon")
@@ -94,11 +94,10 @@ def test_a_stopped_and_resumed_run_equals_the_uninterrupted_one_to_the_bit(
 
 
 def test_every_precision_learns_what_the_cpu_learns(
-    small: TrainConfig, fit: Callable[[TrainConfig], Path], tmp_path: Path, data_dir: Path
+    small: TrainConfig, fit: Callable[[TrainConfig], Path], tmp_path: Path
 ) -> None:
     on_cpu = change(small, run={"dir": str(tmp_path / "cpu")}, training={"precision": "fp32"})
-    hidden = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": "."}
-    done = command("recipes/train_demo.py", *flags(on_cpu, DEMO), env=hidden)
+    done = command("recipes/train_demo.py", *flags(on_cpu, DEMO), env=environment(CUDA_VISIBLE_DEVICES=""))
     assert done.returncode == 0, done.stderr
     expected = [row["loss/train"] for row in rows(Path(on_cpu.run.dir)) if "loss/train" in row]
     for precision, tolerance in (("fp32", 2e-3), ("fp16", 5e-3), ("bf16", 2e-2)):
@@ -198,27 +197,7 @@ def test_batches_come_from_pinned_memory(small: TrainConfig) -> None:
 
 
 def test_nothing_is_compiled_again_after_the_second_step(small: TrainConfig) -> None:
-    config = change(
-        small,
-        training={"compile": "auto", "precision": "bf16"},
-        evaluation={"max_tokens": 9 * 32, "micro_batch_size": 4},
-    )
-    torch._dynamo.reset()
-    counters = torch._dynamo.utils.counters
-    counters.clear()
-    with Trainer(config) as trainer:
-        assert trainer.compiled  # by default on CUDA
-        trainer.resume()
-        for _ in range(2):
-            trainer.train_step()
-        assert counters["stats"]["unique_graphs"] == 1
-        assert not counters["graph_break"]
-        with torch._dynamo.config.patch(error_on_recompile=True):
-            assert trainer.evaluate() is not None
-            trainer.train_step()
-            trainer.sample()
-            trainer.train_step()
-    assert counters["stats"]["unique_graphs"] == 1
+    assert_compiled_once(change(small, training={"compile": "auto", "precision": "bf16"}))  # auto compiles on CUDA
 
 
 # Memory
@@ -284,17 +263,21 @@ def test_auto_asks_the_plan_for_the_micro_batch(small: TrainConfig) -> None:
 # The loss
 
 
+def loss_arguments() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Random hidden states (256, 64), a weight with 20 rows of padding (320, 64), and targets (256,)."""
+    generator = torch.Generator("cuda").manual_seed(1)
+    hidden = torch.randn(256, 64, device="cuda", generator=generator).requires_grad_()
+    weight = (0.3 * torch.randn(320, 64, device="cuda", generator=generator)).requires_grad_()
+    return hidden, weight, torch.randint(0, 300, (256,), device="cuda", generator=generator)
+
+
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("chunk_tokens", [96, 256])
 def test_gradients_of_the_chunked_loss_are_the_plain_ones(chunk_tokens: int, compiled: bool) -> None:
     torch.backends.cuda.matmul.allow_tf32 = False
-    generator = torch.Generator("cuda").manual_seed(1)
-    hidden = torch.randn(256, 64, device="cuda", generator=generator, requires_grad=True)
-    weight = (0.3 * torch.randn(320, 64, device="cuda", generator=generator)).requires_grad_()
-    targets = torch.randint(0, 300, (256,), device="cuda", generator=generator)
+    hidden, weight, targets = loss_arguments()
     targets[::7] = -100
-    loss = mean_cross_entropy
-    function = torch.compile(loss) if compiled else loss
+    function = torch.compile(mean_cross_entropy) if compiled else mean_cross_entropy
     function(hidden, weight, targets, vocab_size=300, chunk_tokens=chunk_tokens).backward()
     ours = hidden.grad, weight.grad
     hidden.grad = weight.grad = None
@@ -309,18 +292,14 @@ def test_gradients_of_the_chunked_loss_are_the_plain_ones(chunk_tokens: int, com
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_16_bit_gradients_of_several_chunks_are_as_exact_as_those_of_one(dtype: torch.dtype, compiled: bool) -> None:
-    generator = torch.Generator("cuda").manual_seed(1)
-    hidden = torch.randn(256, 64, device="cuda", generator=generator, requires_grad=True)
-    weight = (0.3 * torch.randn(320, 64, device="cuda", generator=generator)).requires_grad_()
-    targets = torch.randint(0, 300, (256,), device="cuda", generator=generator)
+    hidden, weight, targets = loss_arguments()
     F.cross_entropy((hidden.double() @ weight.double().t())[:, :300], targets).backward()
     assert weight.grad is not None
     plain = weight.grad.double()
+    function = torch.compile(mean_cross_entropy) if compiled else mean_cross_entropy
     errors = []
     for chunk_tokens in (256, 32):
         hidden.grad = weight.grad = None
-        loss = mean_cross_entropy
-        function = torch.compile(loss) if compiled else loss
         with torch.autocast("cuda", dtype):
             function(hidden, weight, targets, vocab_size=300, chunk_tokens=chunk_tokens).backward()
         gradient: torch.Tensor = weight.grad

@@ -90,6 +90,9 @@ def test_harmless_variables_of_the_launcher_are_accepted(monkeypatch: pytest.Mon
     monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "NO")
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "false")
     refuse_environment()
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")  # the same variable, once it means something
+    with pytest.raises(UserError, match="ACCELERATE_USE_FSDP"):
+        refuse_environment()
 
 
 def test_bf16_on_a_cpu_without_its_instructions_is_called_slow(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -178,19 +178,15 @@ def test_gradients_are_reduced_in_the_last_micro_batch_alone_and_the_step_once(
 # Compilations
 
 
-def test_nothing_is_compiled_again_after_the_second_step(tiny: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TOOLKIT_FAILPOINTS", "trainer.trial=sleep:0")  # as on a GPU, where memory is tried first
+def assert_compiled_once(config: TrainConfig) -> None:
+    """One graph in the first two steps, and nothing compiled in those after them, in validations and samples."""
     # 9 validation windows in batches of 4: the last one is shorter.
-    config = change(
-        tiny,
-        model={"n_layer": 1},
-        training={"compile": "on", "precision": "bf16"},
-        evaluation={"max_tokens": 9 * 32, "micro_batch_size": 4},
-    )
+    config = change(config, evaluation={"max_tokens": 9 * 32, "micro_batch_size": 4})
     torch._dynamo.reset()
     counters = torch._dynamo.utils.counters
     counters.clear()
     with Trainer(config) as trainer:
+        assert trainer.compiled
         trainer.resume()
         for _ in range(2):
             trainer.train_step()
@@ -205,6 +201,11 @@ def test_nothing_is_compiled_again_after_the_second_step(tiny: TrainConfig, monk
                 trainer.train_step()
     assert counters["stats"]["unique_graphs"] == 1
     assert dict(counters["frames"]) == frames
+
+
+def test_nothing_is_compiled_again_after_the_second_step(tiny: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TOOLKIT_FAILPOINTS", "trainer.trial=sleep:0")  # as on a GPU, where memory is tried first
+    assert_compiled_once(change(tiny, model={"n_layer": 1}, training={"compile": "on", "precision": "bf16"}))
 
 
 # Memory and garbage

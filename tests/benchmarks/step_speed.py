@@ -14,7 +14,7 @@ The ceiling is the rate of plain matrix products of the model's own shapes, forw
 
 On a GPU, memory is what CUDA's allocator held at most, and fp32 is what each contender makes of it: TF32 in this toolkit.
 
-    python -m tests.benchmarks.step_speed [--size 124M|355M|small|tiny] [--sequence-length 512 1024] [--tokens 1024]
+    python -m tests.benchmarks.step_speed [--size 124M|355M|...|small|tiny] [--sequence-length 512 1024] [--tokens 1024]
                                           [--precision fp32|bf16] [--device cpu|cuda] [--rounds 5] [--steps 3]
                                           [--out bench-results]
     python -m tests.benchmarks.step_speed --device cuda --precision bf16 --tokens 16384 --sequence-length 1024 --steps 20
@@ -41,6 +41,7 @@ import numpy as np
 import torch
 
 from toolkit.config import (
+    GPT2_SIZES,
     DataConfig,
     GPT2Config,
     RunConfig,
@@ -80,7 +81,6 @@ SPEED_TARGETS = (
 # (smaller, larger, at most): peak memory of the one over the other's, at 124M, micro-batch 8 and T = 1024.
 MEMORY_TARGETS = (("toolkit", "transformers", 0.55), ("toolkit-compiled", "transformers-compiled", 0.55))
 WARMUP_STEPS = 2
-PUBLISHED = ("124M", "355M", "774M")
 SIZES = {
     "small": {"n_layer": 2, "n_head": 4, "n_embd": 256},
     "tiny": {"n_layer": 1, "n_head": 1, "n_embd": 32},
@@ -89,7 +89,7 @@ SIZES = {
 
 def model_config(arguments: argparse.Namespace) -> GPT2Config:
     """The model that is measured: a GPT-2 of a published shape, or a smaller one for a quick look."""
-    published = arguments.size if arguments.size in PUBLISHED else "124M"
+    published = arguments.size if arguments.size in GPT2_SIZES else "124M"
     return gpt2_config(published, context_length=1024, **SIZES.get(arguments.size, {}))
 
 
@@ -400,7 +400,7 @@ def run_shape(arguments: argparse.Namespace) -> None:
 def main() -> None:
     """Measures, prints tables, and writes them with pictures into the folder of results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", default="124M", choices=(*PUBLISHED, *SIZES))
+    parser.add_argument("--size", default="124M", choices=(*GPT2_SIZES, *SIZES))
     parser.add_argument("--sequence-length", type=int, nargs="+", default=[512], help="one table for each")
     parser.add_argument("--tokens", type=int, default=1024, help="tokens in a step, one micro-batch")
     parser.add_argument("--precision", default="fp32", choices=("fp32", "bf16"))

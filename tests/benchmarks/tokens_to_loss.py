@@ -4,9 +4,9 @@
 Both recipes are run as they are, with fewer and smaller steps, the small setting's model in place of theirs, and a warm-up
 that is a larger share of these short runs: scaled down like the rest, AdamW's would be a handful of steps, and it would look
 far worse than it is (5M, 655,360 tokens in steps of 4,096, seed 1: 2.4293 at the best rate with 6 steps of warm-up, 2.2523
-with 30). AdamW's learning rate is chosen among --adamw-rates and Muon's among --muon-rates,
-by the final validation loss of the first seed; the best of each is then run with the other seeds. Every run is a process of
-its own with one thread, and a finished run is not repeated. The table, the curves and a picture go to --out.
+with 30). AdamW's learning rate is chosen among --adamw-rates and Muon's among --muon-rates, by the final validation loss of
+the first seed; the best of each is then run with the other seeds. Every run is a process of its own with one thread, and a
+finished run is not repeated. The table, the curves and a picture go to --out.
 
 What was tuned besides, for 5M: the rate of the AdamW part of Muon's recipe, in steps of 4,096 tokens (2e-3 was better than
 6e-3), and the size of a step, for Muon (2,048 tokens were better than 4,096); both optimizers have that size.
@@ -34,6 +34,7 @@ from tests.support import ROOT, change, environment, flags
 from toolkit.config import TrainConfig
 
 RECIPES = {"adamw": train_124m, "muon": speedrun_124m}
+WARMUP_SHARES = {"adamw": 0.2, "muon": 0.1}  # of an optimizer's steps
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -47,7 +48,6 @@ class Setting:
     micro_batch_size: int
     precision: str
     steps: int  # AdamW's
-    warmup_shares: dict[str, float]  # of the steps of each optimizer
     points: int  # validations on the way
     validation_tokens: int
     adamw_rates: tuple[float, ...]
@@ -63,7 +63,6 @@ SETTINGS = {
         micro_batch_size=16,
         precision="fp32",
         steps=200,
-        warmup_shares={"adamw": 0.2, "muon": 0.1},
         points=4,
         validation_tokens=32_768,
         adamw_rates=(1e-3, 1.5e-3, 2e-3, 3e-3, 4e-3),
@@ -77,7 +76,6 @@ SETTINGS = {
         micro_batch_size=16,
         precision="auto",
         steps=256,
-        warmup_shares={"adamw": 0.2, "muon": 0.1},
         points=4,
         validation_tokens=262_144,
         adamw_rates=(3e-4, 6e-4, 1.2e-3, 1.8e-3, 2.4e-3),
@@ -104,7 +102,7 @@ class Run:
 def config_of(run: Run, setting: Setting, *, data: str, folder: Path) -> TrainConfig:
     """The recipe with the setting's sizes, the run's rate and seed, and its schedule shrunk to the run's length."""
     recipe = RECIPES[run.optimizer].CONFIG
-    warmup = round(setting.warmup_shares[run.optimizer] * run.steps)
+    warmup = round(WARMUP_SHARES[run.optimizer] * run.steps)
     return change(
         recipe,
         run={"dir": str(folder / run.name)},
@@ -150,7 +148,7 @@ def train_all(runs: Sequence[Run], arguments: argparse.Namespace) -> dict[Run, l
 
 
 def final(curve: Sequence[dict[str, Any]]) -> float:
-    """The last validation loss [nats per byte]."""
+    """The last validation loss [nats per token]."""
     return float(curve[-1]["loss/val"])
 
 

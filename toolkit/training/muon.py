@@ -9,8 +9,8 @@ fused attn.c_attn is three matrices side by side, (C, 3C); query, key and value 
 three square matrices: one orthogonal (3C, C) matrix would tie the scales of the three together.
 
 Several processes: DDP has already averaged the gradients, so every process computes the same update from the same
-numbers. The work is repeated rather than shared out: 24 ms for GPT-2 124M on an H100, 2 % of a step of 2**19 tokens there, and
-less of one on a smaller card, since most of it is the time to start many small kernels.
+numbers. The work is repeated rather than shared out: 24 ms for GPT-2 124M on an H100, 2 % of a step of 2**19 tokens there, most
+of it the time to start many small kernels.
 
 Arithmetic. torch iterates in bf16. A CPU without instructions for it computes such products one number at a time; there
 the operands are widened, multiplied in fp32 and the product rounded to bf16 again, which is what bf16 units do.
