@@ -37,6 +37,7 @@ CONFIG = TrainConfig(
         muon_learning_rate=0.02,  # others' for 124M at this batch: Jordan et al. 2024
         learning_rate=2e-3,  # AdamW's, for embeddings, biases and gains
         weight_decay=0.1,
+        muon_weight_decay=0.1,  # better than 0 on small models: tests/benchmarks/results/tokens-to-loss-long.md
     ),
     schedule=ScheduleConfig(
         name="linear",  # the whole run after a short warm-up, down to zero

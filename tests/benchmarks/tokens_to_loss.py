@@ -1,5 +1,6 @@
 """How many tokens `recipes/speedrun_124m.py` (Muon) needs to reach the final validation loss of `recipes/train_124m.py`
-(AdamW): on a GPT-2 of 5 million parameters and bytes with two CPU cores, or at 124 million with a GPU.
+(AdamW): on a GPT-2 of 5 million parameters and bytes, shortly with two CPU cores (5M) or longer (5M-long: minutes on a
+GPU, hours on a CPU), or at 124 million with a GPU.
 
 Both recipes are run as they are, with fewer and smaller steps, the small setting's model in place of theirs, and a warm-up
 that is a larger share of these short runs: scaled down like the rest, AdamW's would be a handful of steps, and it would look
@@ -8,12 +9,13 @@ with 30). AdamW's learning rate is chosen among --adamw-rates and Muon's among -
 the first seed; the best of each is then run with the other seeds. Every run is a process of its own with one thread, and a
 finished run is not repeated. The table, the curves and a picture go to --out.
 
-What was tuned besides, for 5M: the rate of the AdamW part of Muon's recipe, in steps of 4,096 tokens (2e-3 was better than
-6e-3), and the size of a step, for Muon (2,048 tokens were better than 4,096); both optimizers have that size.
+What was tuned besides: for 5M the rate of the AdamW part of Muon's recipe, in steps of 4,096 tokens (2e-3 was better than
+6e-3), and the size of a step, for Muon (2,048 tokens were better than 4,096); for 5M-long Muon's weight decay (0.1 was
+better than 0) and, for AdamW, the warm-up (20 % was better than 3.75 %). Both optimizers have steps of one size.
 
     toolkit prepare stdlib --out data/stdlib-bytes --tokenizer bytes
-    python -m tests.benchmarks.tokens_to_loss [--steps 200] [--share 0.55] [--runs runs/tokens-to-loss]
-                                              [--out tests/benchmarks/results]
+    python -m tests.benchmarks.tokens_to_loss [--setting 5M|5M-long|124M] [--steps 200] [--share 0.55]
+                                              [--runs runs/tokens-to-loss] [--out tests/benchmarks/results]
     python -m tests.benchmarks.tokens_to_loss --setting 124M --data data/fineweb-edu-10b     # on a GPU
 """
 
@@ -25,7 +27,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -47,26 +49,41 @@ class Setting:
     tokens_per_step: int
     micro_batch_size: int
     precision: str
+    compile: str
     steps: int  # AdamW's
+    share: float  # of AdamW's steps that Muon gets
     points: int  # validations on the way
     validation_tokens: int
     adamw_rates: tuple[float, ...]
     muon_rates: tuple[float, ...]
 
 
+FIVE_MILLION = Setting(
+    report="tokens-to-loss",
+    model={"n_layer": 4, "n_head": 5, "n_embd": 320, "vocab_size": 257, "context_length": 128},
+    sequence_length=128,
+    tokens_per_step=2048,
+    micro_batch_size=16,
+    precision="fp32",
+    compile="off",  # would take longer than it saves
+    steps=200,
+    share=0.55,
+    points=4,
+    validation_tokens=32_768,
+    adamw_rates=(1e-3, 1.5e-3, 2e-3, 3e-3, 4e-3),
+    muon_rates=(0.04, 0.06),
+)
 SETTINGS = {
-    "5M": Setting(
-        report="tokens-to-loss",
-        model={"n_layer": 4, "n_head": 5, "n_embd": 320, "vocab_size": 257, "context_length": 128},
-        sequence_length=128,
-        tokens_per_step=2048,
-        micro_batch_size=16,
-        precision="fp32",
-        steps=200,
-        points=4,
-        validation_tokens=32_768,
-        adamw_rates=(1e-3, 1.5e-3, 2e-3, 3e-3, 4e-3),
-        muon_rates=(0.04, 0.06),
+    "5M": FIVE_MILLION,
+    "5M-long": replace(
+        FIVE_MILLION,
+        report="tokens-to-loss-long",
+        tokens_per_step=8192,
+        micro_batch_size=64,
+        steps=800,
+        share=0.4,
+        points=8,
+        muon_rates=(0.04, 0.06, 0.08),
     ),
     "124M": Setting(
         report="tokens-to-loss-124m",
@@ -75,7 +92,9 @@ SETTINGS = {
         tokens_per_step=65_536,
         micro_batch_size=16,
         precision="auto",
+        compile="auto",
         steps=256,
+        share=0.4,
         points=4,
         validation_tokens=262_144,
         adamw_rates=(3e-4, 6e-4, 1.2e-3, 1.8e-3, 2.4e-3),
@@ -114,6 +133,7 @@ def config_of(run: Run, setting: Setting, *, data: str, folder: Path) -> TrainCo
             "tokens_per_step": setting.tokens_per_step,
             "micro_batch_size": setting.micro_batch_size,
             "precision": setting.precision,
+            "compile": setting.compile,
             "eval_every": max(1, run.steps // setting.points),
             "checkpoint_every": None,
             "sample_every": None,
@@ -243,7 +263,7 @@ def main() -> None:
     parser.add_argument("--setting", default="5M", choices=tuple(SETTINGS))
     parser.add_argument("--data", default="data/stdlib-bytes", help="a prepared set; for 5M with --tokenizer bytes")
     parser.add_argument("--steps", type=int, help="AdamW's; unless given, the setting's")
-    parser.add_argument("--share", type=float, default=0.55, help="of AdamW's steps that Muon gets")
+    parser.add_argument("--share", type=float, help="of AdamW's steps that Muon gets; unless given, the setting's")
     parser.add_argument("--adamw-rates", type=float, nargs="+", help="unless given, the setting's")
     parser.add_argument("--muon-rates", type=float, nargs="+", help="unless given, the setting's")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
@@ -254,7 +274,8 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, default=ROOT / "runs/tokens-to-loss")
     parser.add_argument("--out", type=Path, default=ROOT / "tests/benchmarks/results")
     arguments = parser.parse_args()
-    for name in ("steps", "adamw_rates", "muon_rates"):
+    arguments.runs /= arguments.setting
+    for name in ("steps", "share", "adamw_rates", "muon_rates"):
         if getattr(arguments, name) is None:
             setattr(arguments, name, getattr(SETTINGS[arguments.setting], name))
     print(write_report(compare(arguments), arguments))
