@@ -1,7 +1,7 @@
 """GPT-2 124M with Muon: meant to reach the loss of `train_124m.py` on 0.4 of its tokens.
 
-The architecture is GPT-2's, so the weights load in `transformers` as ever; what differs is how they are trained. A small
-model needed about half of AdamW's tokens, see README.md; 0.4 at 124M is an expectation.
+The architecture is GPT-2's, so the weights load in `transformers` as ever; what differs is how they are trained. For a small
+model 0.4 of the tokens sufficed, see README.md; at 124M that is an expectation.
 
     accelerate launch recipes/speedrun_124m.py
 """
@@ -37,7 +37,7 @@ CONFIG = TrainConfig(
         muon_learning_rate=0.02,  # others' for 124M at this batch: Jordan et al. 2024
         learning_rate=2e-3,  # AdamW's, for embeddings, biases and gains
         weight_decay=0.1,
-        muon_weight_decay=0.1,  # better than 0 on small models: tests/benchmarks/results/tokens-to-loss-long.md
+        muon_weight_decay=0.1,  # a small model was better with it: tests/benchmarks/tokens_to_loss.py
     ),
     schedule=ScheduleConfig(
         name="linear",  # the whole run after a short warm-up, down to zero

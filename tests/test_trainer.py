@@ -267,13 +267,14 @@ def test_a_loss_scale_that_collapses_stops_the_run(tiny: TrainConfig) -> None:
 class NeedsMemory(GPT2):
     """A GPT-2 that pretends to run out of memory with more than one window, from some call on."""
 
+    error: RuntimeError = torch.OutOfMemoryError("pretended")
     first_bad_call = 0
     calls = 0
 
     def forward(self, input_ids: Tensor, targets: Tensor) -> Tensor:
         type(self).calls += 1
         if input_ids.size(0) > 1 and type(self).calls > self.first_bad_call:
-            raise torch.OutOfMemoryError("pretended")
+            raise self.error
         return super().forward(input_ids, targets)
 
 
@@ -292,6 +293,27 @@ def test_out_of_memory_halves_the_micro_batch_and_repeats_the_step(
     for a, b in zip(rows(run), rows(undisturbed), strict=True):
         if "loss/train" in a:
             assert a["loss/train"] == pytest.approx(b["loss/train"], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("message", "memory"),
+    [
+        ("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`", True),
+        ("cuDNN error: CUDNN_STATUS_ALLOC_FAILED", True),
+        ("CUDA error: out of memory", True),
+        ("CUDA error: an illegal memory access was encountered", False),
+    ],
+)
+def test_libraries_without_memory_halve_the_micro_batch_too(tiny: TrainConfig, message: str, *, memory: bool) -> None:
+    class Library(NeedsMemory):
+        error = RuntimeError(message)
+        first_bad_call = 2
+
+    if memory:
+        assert run_with(Library, tiny).micro_batch_size == 1
+    else:
+        with pytest.raises(RuntimeError, match="illegal memory access"):
+            run_with(Library, tiny)
 
 
 def test_out_of_memory_with_one_window_stops_with_advice(tiny: TrainConfig) -> None:

@@ -20,6 +20,10 @@ from toolkit.errors import UserError
 _VERSIONS_OF = ("torch", "accelerate", "numpy", "safetensors", "tiktoken", "gpt2-toolkit")
 _FALSE = ("", "no", "false", "0")
 
+# A device without memory, as libraries say it that do not go through torch's allocator: for torch plain RuntimeErrors.
+# Source: the status codes of cuBLAS and cuDNN; cudaErrorMemoryAllocation's text.
+_SIGNS_OF_NO_MEMORY = ("CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED", "CUDA error: out of memory")
+
 
 def refuse_environment() -> None:
     """Refuses what a launcher or a user's Accelerate configuration sets behind the recipe's back.
@@ -163,6 +167,11 @@ def configure_torch(device: torch.device, *, deterministic: bool) -> None:
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts; deterministic needs it
         torch.use_deterministic_algorithms(True)
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether the device had no memory left for what was asked, be it torch or a library under it that says so."""
+    return isinstance(error, torch.OutOfMemoryError) or any(sign in str(error) for sign in _SIGNS_OF_NO_MEMORY)
 
 
 def _keep_freed_memory() -> None:

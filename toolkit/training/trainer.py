@@ -40,6 +40,7 @@ from toolkit.training.environment import (
     configure_torch,
     device_memory_bytes,
     device_name,
+    is_out_of_memory,
     library_versions,
     peak_memory_gib,
     refuse_environment,
@@ -229,7 +230,9 @@ class Trainer:
         while True:
             try:
                 return self._accumulate_gradients()
-            except torch.OutOfMemoryError:
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
                 self.optimizer.zero_grad()
                 if self.processes.count > 1:
                     message = (
@@ -770,7 +773,9 @@ class Trainer:
                 failpoint("trainer.trial")
                 # Two tensors, as in training: for one given twice, torch.compile would make a program of its own.
                 self.accelerator.backward(self.model(ids, ids.clone()))
-        except torch.OutOfMemoryError:
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
             return False
         finally:
             self.optimizer.zero_grad()
