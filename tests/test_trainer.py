@@ -228,6 +228,42 @@ def test_a_step_without_a_finite_gradient_leaves_the_weights_to_the_bit(tiny: Tr
     assert rows(run, "ledger")[3]["first_sample"] == 24  # data goes on
 
 
+def test_a_finite_loss_with_a_gradient_that_is_not_leaves_the_weights_too(tiny: TrainConfig) -> None:
+    class Steep(GPT2):
+        calls = 0
+
+        def forward(self, input_ids: Tensor, targets: Tensor) -> Tensor:
+            loss = super().forward(input_ids, targets)
+            type(self).calls += 1
+            return loss + (loss - loss.detach()).abs().sqrt() if type(self).calls == 10 else loss  # in step 3
+
+    config = change(tiny, training={"checkpoint_every": 1, "eval_every": None})
+    run_with(Steep, config)
+    run = Path(config.run.dir)
+    assert_equal_bits(state_of(run, 3), state_of(run, 2))
+    training = [row for row in rows(run) if "loss/train" in row]
+    assert [row["optimizer/skipped_steps"] for row in training] == [0, 0, 1, 1, 1, 1, 1, 1]
+    assert training[2]["loss/train"] < 6
+    assert training[2]["optimizer/grad_norm"] == "NaN"
+
+
+def test_every_micro_batch_draws_random_numbers_of_its_own_and_a_resumed_run_the_same(tiny: TrainConfig) -> None:
+    drawn: list[float] = []
+
+    class Draws(GPT2):
+        def forward(self, input_ids: Tensor, targets: Tensor) -> Tensor:
+            if self.training:
+                drawn.append(torch.rand(()).item())
+            return super().forward(input_ids, targets)
+
+    run_with(Draws, change(tiny, run={"dir": tiny.run.dir + "-whole"}))
+    whole, drawn[:] = list(drawn), []
+    assert len(set(whole)) == 8 * 4  # steps, micro-batches
+    run_with(Draws, change(tiny, training={"max_steps": 3}))
+    run_with(Draws, tiny)
+    assert drawn == whole
+
+
 def test_too_many_steps_without_a_finite_gradient_stop_the_run(tiny: TrainConfig) -> None:
     class BadFromStepFour(NotFinite):
         bad_calls = range(12, 1000)
