@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -210,39 +211,41 @@ class NotFinite(GPT2):
     def forward(self, input_ids: Tensor, targets: Tensor) -> Tensor:
         loss = super().forward(input_ids, targets)
         type(self).calls += 1
-        return loss * float("nan") if type(self).calls - 1 in self.bad_calls else loss
+        return self.spoilt(loss) if type(self).calls - 1 in self.bad_calls else loss
+
+    def spoilt(self, loss: Tensor) -> Tensor:
+        return loss * float("nan")
+
+
+def rows_with_step_three_skipped(model_class: type[NotFinite], config: TrainConfig) -> list[dict[str, Any]]:
+    """The training's rows of a run whose third step left the weights as they were, to the bit."""
+    config = change(config, training={"checkpoint_every": 1, "eval_every": None})
+    run_with(model_class, config)
+    run = Path(config.run.dir)
+    assert_equal_bits(state_of(run, 3), state_of(run, 2))
+    training = [row for row in rows(run) if "loss/train" in row]
+    assert [row["optimizer/skipped_steps"] for row in training] == [0, 0, 1, 1, 1, 1, 1, 1]
+    return training
 
 
 def test_a_step_without_a_finite_gradient_leaves_the_weights_to_the_bit(tiny: TrainConfig) -> None:
     class BadInStepThree(NotFinite):
         bad_calls = range(9, 10)  # the second of step 3's four micro-batches
 
-    config = change(tiny, training={"checkpoint_every": 1, "eval_every": None})
-    run_with(BadInStepThree, config)
-    run = Path(config.run.dir)
-    assert_equal_bits(state_of(run, 3), state_of(run, 2))
-    training = [row for row in rows(run) if "loss/train" in row]
-    assert [row["optimizer/skipped_steps"] for row in training] == [0, 0, 1, 1, 1, 1, 1, 1]
+    training = rows_with_step_three_skipped(BadInStepThree, tiny)
     assert training[2]["loss/train"] == "NaN"
     assert training[3]["learning_rate"] != training[2]["learning_rate"]
-    assert rows(run, "ledger")[3]["first_sample"] == 24  # data goes on
+    assert rows(Path(tiny.run.dir), "ledger")[3]["first_sample"] == 24  # data goes on
 
 
 def test_a_finite_loss_with_a_gradient_that_is_not_leaves_the_weights_too(tiny: TrainConfig) -> None:
-    class Steep(GPT2):
-        calls = 0
+    class Steep(NotFinite):
+        bad_calls = range(9, 10)
 
-        def forward(self, input_ids: Tensor, targets: Tensor) -> Tensor:
-            loss = super().forward(input_ids, targets)
-            type(self).calls += 1
-            return loss + (loss - loss.detach()).abs().sqrt() if type(self).calls == 10 else loss  # in step 3
+        def spoilt(self, loss: Tensor) -> Tensor:
+            return loss + (loss - loss.detach()).abs().sqrt()  # adds nothing, and a slope that is no number
 
-    config = change(tiny, training={"checkpoint_every": 1, "eval_every": None})
-    run_with(Steep, config)
-    run = Path(config.run.dir)
-    assert_equal_bits(state_of(run, 3), state_of(run, 2))
-    training = [row for row in rows(run) if "loss/train" in row]
-    assert [row["optimizer/skipped_steps"] for row in training] == [0, 0, 1, 1, 1, 1, 1, 1]
+    training = rows_with_step_three_skipped(Steep, tiny)
     assert training[2]["loss/train"] < 6
     assert training[2]["optimizer/grad_norm"] == "NaN"
 
@@ -331,25 +334,31 @@ def test_out_of_memory_halves_the_micro_batch_and_repeats_the_step(
             assert a["loss/train"] == pytest.approx(b["loss/train"], rel=1e-5)
 
 
+@pytest.mark.parametrize("failpoints", ["", "trainer.trial=sleep:0"], ids=["in-a-step", "in-the-trial"])
 @pytest.mark.parametrize(
-    ("message", "memory"),
+    "message",
     [
-        ("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`", True),
-        ("cuDNN error: CUDNN_STATUS_ALLOC_FAILED", True),
-        ("CUDA error: out of memory", True),
-        ("CUDA error: an illegal memory access was encountered", False),
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+        "cuDNN error: CUDNN_STATUS_ALLOC_FAILED",
+        "CUDA error: out of memory",
     ],
 )
-def test_libraries_without_memory_halve_the_micro_batch_too(tiny: TrainConfig, message: str, *, memory: bool) -> None:
+def test_libraries_without_memory_halve_the_micro_batch_too(
+    tiny: TrainConfig, message: str, failpoints: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     class Library(NeedsMemory):
         error = RuntimeError(message)
-        first_bad_call = 2
 
-    if memory:
-        assert run_with(Library, tiny).micro_batch_size == 1
-    else:
-        with pytest.raises(RuntimeError, match="illegal memory access"):
-            run_with(Library, tiny)
+    monkeypatch.setenv("TOOLKIT_FAILPOINTS", failpoints)
+    assert run_with(Library, tiny).micro_batch_size == 1
+
+
+def test_another_error_of_a_library_is_not_taken_for_missing_memory(tiny: TrainConfig) -> None:
+    class Library(NeedsMemory):
+        error = RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        run_with(Library, tiny)
 
 
 def test_out_of_memory_with_one_window_stops_with_advice(tiny: TrainConfig) -> None:
