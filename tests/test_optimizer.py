@@ -12,6 +12,7 @@ import torch
 from toolkit.config import GPT2Config, OptimizerConfig
 from toolkit.errors import UserError
 from toolkit.model.gpt2 import GPT2
+from toolkit.training.muon import orthogonalize
 from toolkit.training.optimizer import (
     build_optimizer,
     load_optimizer,
@@ -187,9 +188,62 @@ def test_muon_equals_torchs_own_on_transposed_copies(monkeypatch, no_bf16_units)
         reference.step()
         optimizer.step()
         optimizer.zero_grad()
-    # Not bitwise: a product of bf16 matrices may be summed in another order for another memory layout.
+    # Not bitwise: torch iterates in bf16, we in fp32 where bf16 is slow, and sums may have another order.
     torch.testing.assert_close(projection, leaves[0].T, rtol=0, atol=3e-3)
     torch.testing.assert_close(qkv, torch.cat([leaf.T for leaf in leaves[1:]], dim=1), rtol=0, atol=3e-3)
+
+
+@pytest.mark.parametrize("shape", [(2, 24, 24), (2, 24, 96), (2, 96, 24)], ids=["square", "wide", "tall"])
+@pytest.mark.parametrize(
+    ("no_bf16_units", "rank", "tolerance"),
+    [(True, 24, 1e-4), (True, 2, 1e-3), (False, 24, 0.1)],
+    ids=["fp32", "fp32-of-rank-2", "bf16"],  # bf16's rounding alone fills up the rank
+)
+def test_newton_and_schulz_apply_the_published_polynomial_to_the_singular_values(
+    monkeypatch, no_bf16_units, rank, tolerance, shape
+):
+    """Against x <- a x + b x^3 + c x^5 of the singular values in float64; the scale of a matrix does not matter."""
+    monkeypatch.setattr("toolkit.training.muon.cpu_has_bf16", lambda: not no_bf16_units)
+    generator = torch.Generator().manual_seed(1)
+    count, rows, columns = shape
+    matrices = torch.randn((count, rows, rank), generator=generator) @ torch.randn((rank, columns), generator=generator)
+    matrices[1] *= 1e-4
+    left, values, right = torch.linalg.svd(matrices.double(), full_matrices=False)
+    values = values / values.norm(dim=1, keepdim=True)
+    for _ in range(5):
+        values = 3.4445 * values - 4.7750 * values**3 + 2.0315 * values**5
+    expected = left @ torch.diag_embed(values) @ right
+    result = orthogonalize(matrices, coefficients=(3.4445, -4.7750, 2.0315), steps=5, eps=1e-7)
+    assert result.dtype == (torch.float32 if no_bf16_units else torch.bfloat16)
+    for one, exact in zip(result.double(), expected, strict=True):
+        assert (one - exact).norm() < tolerance * exact.norm()
+
+
+def test_muon_updates_the_same_in_batches_of_any_size(monkeypatch):
+    def updated():
+        model, optimizer = build("muon")
+        for step in range(2):
+            backward(model, step)
+            optimizer.step()
+            optimizer.zero_grad()
+        return weights(model)
+
+    together = updated()
+    monkeypatch.setattr("toolkit.training.muon._BATCH_ELEMENTS", 1)  # one matrix after the other
+    for name, alone in updated().items():
+        torch.testing.assert_close(alone, together[name], rtol=1e-5, atol=1e-6)
+
+
+def test_muon_leaves_a_matrix_without_gradient_as_it_is():
+    model, optimizer = build("muon")
+    backward(model, 0)
+    kept = model.h[0].mlp.c_fc.weight
+    kept.grad = None
+    before = weights(model)
+    optimizer.step()
+    changed = [name for name, weight in weights(model).items() if not torch.equal(weight, before[name])]
+    assert set(before) - set(changed) == {"h.0.mlp.c_fc.weight"}
+    assert kept not in optimizer.state
 
 
 @pytest.mark.parametrize("name", ["adamw", "muon"])

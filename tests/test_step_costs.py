@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from recipes.train_demo import CONFIG as DEMO
 from tests.support import change, command, environment, flags
 from tests.test_launch import TWO
-from toolkit.config import OptimizerConfig, TrainConfig
+from toolkit.config import GPT2Config, OptimizerConfig, TrainConfig
 from toolkit.model.gpt2 import GPT2
 from toolkit.training import trainer as trainer_module
 from toolkit.training.environment import configure_torch
@@ -105,6 +105,23 @@ def test_a_step_synchronises_with_the_host_once(
         assert trainer.grad_accum_steps == 8 // micro_batch_size
         trainer.train_step()  # the first one makes the optimizer's state
         assert host_synchronisations(trainer) == {"tolist": 1}
+
+
+# Kernels
+
+
+def test_muon_launches_no_more_kernels_for_more_layers() -> None:
+    counts = []
+    for n_layer in (2, 6):
+        model = GPT2(GPT2Config(n_layer=n_layer, n_head=2, n_embd=16, context_length=8, vocab_size=17), seed=1)
+        optimizer = build_optimizer(model, OptimizerConfig(name="muon"), device_type="cpu")
+        ids = torch.zeros((1, 8), dtype=torch.int64)
+        model(ids, ids).backward()
+        optimizer.step()  # makes the state
+        with Operations() as operations:
+            optimizer.step()
+        counts.append(operations.seen.total() - operations.seen["aten.detach.default"])
+    assert counts[0] == counts[1]
 
 
 # Collectives
