@@ -128,9 +128,13 @@ def test_resume_at_any_step_repeats_the_uninterrupted_run_to_the_bit(
         assert_equal_bits(state_of(run, 8), state_of(whole, 8))
 
 
-def test_micro_batch_size_changes_neither_samples_nor_results(fit: Fit, tiny: TrainConfig, tmp_path: Path) -> None:
-    one = fit(tiny)
-    other = fit(change(tiny, run={"dir": str(tmp_path / "other")}, training={"micro_batch_size": 8}))
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_micro_batch_size_changes_neither_samples_nor_results(
+    fit: Fit, tiny: TrainConfig, tmp_path: Path, optimizer: str
+) -> None:
+    config = change(tiny, optimizer={"name": optimizer, "muon_learning_rate": 0.1})
+    one = fit(config)
+    other = fit(change(config, run={"dir": str(tmp_path / "other")}, training={"micro_batch_size": 8}))
     assert rows(one, "ledger") == rows(other, "ledger")
     for a, b in zip(rows(one), rows(other), strict=True):
         for name in a:
