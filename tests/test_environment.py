@@ -13,7 +13,13 @@ from tests.support import ROOT, environment
 from toolkit.errors import UserError, describe_os_error
 from toolkit.failpoint import VARIABLE, failpoint, is_set
 from toolkit.training import environment as surroundings
-from toolkit.training.environment import refuse_environment, resolve_precision, should_compile, slow_precision
+from toolkit.training.environment import (
+    idle_cores,
+    refuse_environment,
+    resolve_precision,
+    should_compile,
+    slow_precision,
+)
 from toolkit.training.progress import duration
 from toolkit.training.spikes import SpikeDetector
 
@@ -105,6 +111,30 @@ def test_bf16_on_a_cpu_without_its_instructions_is_called_slow(monkeypatch: pyte
     assert slow_precision("bf16", torch.device("cuda")) is None
     monkeypatch.setattr(surroundings, "cpu_has_bf16", lambda: True)
     assert slow_precision("bf16", cpu) is None
+
+
+@pytest.mark.parametrize(
+    ("cores", "physical", "threads", "processes", "words"),
+    [
+        (8, 8, 1, 1, "1 of this machine's 8 cores will train: more threads are given with OMP_NUM_THREADS=8, or by "),
+        (8, 8, 2, 2, "4 of this machine's 8 cores will train: more threads are given with OMP_NUM_THREADS=4, or by "),
+        (8, 8, 5, 1, None),  # somebody's choice
+        (8, 4, 4, 1, None),  # two threads a core: torch's own number
+        (2, 8, 2, 1, None),  # what this process may use counts
+        (2, None, 1, 1, "1 of this machine's 2 cores will train"),
+        (1, 1, 1, 1, None),
+    ],
+)
+def test_cores_left_idle_by_a_launcher_are_named(
+    monkeypatch: pytest.MonkeyPatch, cores: int, physical: int | None, threads: int, processes: int, words: str | None
+) -> None:
+    monkeypatch.setattr(surroundings, "usable_cores", lambda: cores)
+    monkeypatch.setattr(surroundings.psutil, "cpu_count", lambda logical: physical)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+    line = idle_cores(CPU)
+    assert line is None if words is None else line is not None and line.startswith(words)
+    assert idle_cores(torch.device("cuda")) is None
 
 
 def test_compilation_needs_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:

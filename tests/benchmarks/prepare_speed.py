@@ -30,7 +30,7 @@ from pyarrow import parquet
 
 from toolkit.data.prepare import prepare
 from toolkit.data.tokenizer import load_tokenizer
-from toolkit.data.workers import default_workers
+from toolkit.data.workers import usable_cores
 
 TARGET = 0.85  # of tiktoken's rate
 
@@ -118,7 +118,7 @@ def main() -> None:
     """Measures and prints."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=None, help="where to write; default: the temporary folder")
-    parser.add_argument("--workers", type=int, default=default_workers())
+    parser.add_argument("--workers", type=int, default=usable_cores())
     parser.add_argument("--megabytes", type=int, default=200)
     parser.add_argument("--rounds", type=int, default=3)
     arguments = parser.parse_args()

@@ -52,7 +52,7 @@ from toolkit.data.sources import HUB_PREFIX, Source, open_source
 from toolkit.data.split_writer import SplitWriter, read_ids
 from toolkit.data.tokenizer import Tokenizer, load_tokenizer
 from toolkit.data.tokenizing import Job, Part, Result
-from toolkit.data.workers import Pool, default_workers, started, tokenize_blocks
+from toolkit.data.workers import Pool, started, tokenize_blocks, usable_cores
 from toolkit.errors import UserError, describe_os_error
 from toolkit.failpoint import failpoint
 
@@ -103,7 +103,7 @@ def prepare(
     if (out / MANIFEST_FILE).exists():
         return _already_done(out, names, tokenizer=tokenizer, text_column=text_column, settings=settings)
     source = open_source(names, text_column=text_column, revision=_pinned_revision(names, Journal.load(out)))
-    with started(workers or min(default_workers(), 1 + source.size // BYTES_PER_WORKER)) as pool:
+    with started(workers or min(usable_cores(), 1 + source.size // BYTES_PER_WORKER)) as pool:
         vocabulary = load_tokenizer(tokenizer)
         job = Job(tokenizer=tokenizer, tokenizer_sha256=vocabulary.sha256, val_below=round(val_fraction * 2**64))
         if pool is not None:

@@ -208,8 +208,8 @@ def _describe_exit(status: int) -> str:
     return f"signal {signal.Signals(-status).name}" + (", perhaps for lack of memory" if status == -9 else "")
 
 
-def default_workers() -> int:
-    """One worker for each core that this process may use."""
+def usable_cores() -> int:
+    """The cores that this process may use: by default as many workers tokenize."""
     if hasattr(os, "sched_getaffinity"):
         return max(1, len(os.sched_getaffinity(0)))
     return max(1, os.cpu_count() or 1)

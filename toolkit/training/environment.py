@@ -15,6 +15,7 @@ import torch
 from torch._functorch import config as partitioner
 
 from toolkit.config import Precision
+from toolkit.data.workers import usable_cores
 from toolkit.errors import UserError
 
 _VERSIONS_OF = ("torch", "accelerate", "numpy", "safetensors", "tiktoken", "gpt2-toolkit")
@@ -105,6 +106,21 @@ def slow_precision(precision: Precision, device: torch.device) -> str | None:
     return (
         "this CPU has no bf16 instructions: products in bf16 take 10 to 100 times as long as in fp32; "
         "use --training.precision fp32"
+    )
+
+
+def idle_cores(device: torch.device) -> str | None:
+    """A line to say where at least half of the cores have nothing to do, because a launcher gave each process one thread.
+
+    Why: `accelerate launch` and torchrun do so unless told otherwise, and training takes as many times longer.
+    """
+    cores = min(usable_cores(), psutil.cpu_count(logical=False) or usable_cores())
+    threads, processes = torch.get_num_threads(), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if device.type != "cpu" or 2 * threads * processes > cores:
+        return None
+    return (
+        f"{threads * processes} of this machine's {cores} cores will train: more threads are given with OMP_NUM_THREADS="
+        f"{cores // processes}, or by `accelerate launch --num_cpu_threads_per_process {cores // processes}`"
     )
 
 

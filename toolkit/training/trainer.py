@@ -40,6 +40,7 @@ from toolkit.training.environment import (
     configure_torch,
     device_memory_bytes,
     device_name,
+    idle_cores,
     is_out_of_memory,
     library_versions,
     peak_memory_gib,
@@ -152,7 +153,7 @@ class Trainer:
         )
         self.tokenizer = self._load_tokenizer()
         self.compiled, compiling = should_compile(config.training.compile, self.device)
-        for line in (compiling, slow_precision(self.precision, self.device)):
+        for line in (compiling, slow_precision(self.precision, self.device), idle_cores(self.device)):
             if line:
                 self._say(line)
         self.micro_batch_size = self._first_micro_batch_size()
@@ -801,10 +802,10 @@ class Trainer:
         return self.samples_per_step % (micro_batch_size * self.processes.count) == 0
 
     def _report_start(self) -> None:
-        config, count = self.config, self.processes.count
+        config, count, threads = self.config, self.processes.count, torch.get_num_threads()
         self._say(
             f"{config.run.dir}: {num_parameters(config.model):,} parameters, {count} process{'es' * (count > 1)} on "
-            f"{device_name(self.device)}, {self.precision}, {torch.get_num_threads()} threads each"
+            f"{device_name(self.device)}, {self.precision}, {threads} thread{'s' * (threads > 1)} each"
             + (", compiled" if self.compiled else "")
         )
         self._say(
