@@ -95,7 +95,7 @@ def test_tokens_to_loss_shrinks_the_recipes_and_compares_their_best_rates(tmp_pa
     assert "AdamW 2.2000 after 1,000 tokens, Muon 1.8000 after 400 (0.400 of them)" in text
     written = (tmp_path / "tokens-to-loss.md").read_text()
     assert text in written
-    assert "2,048 tokens a step. Bytes of nothing.\n" in written
+    assert "768 tokens a step. Bytes of nothing.\n" in written
     rows = [json.loads(line) for line in (tmp_path / "tokens-to-loss.jsonl").read_text().splitlines()]
     assert [row["curve"] for row in rows] == list(curves.values())
     assert (tmp_path / "tokens-to-loss.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")

@@ -59,8 +59,8 @@ def test_the_costs_are_those_that_plan_computes() -> None:
     assert f"{planned.checkpoint_bytes / 2**30:.1f} GiB per checkpoint" in README
 
 
-@pytest.mark.parametrize(("report", "share"), [("tokens-to-loss-long", 0.4), ("tokens-to-loss", 0.55)])
-def test_what_it_says_of_muon_is_what_was_measured(report: str, share: float) -> None:
+@pytest.mark.parametrize("report", ["tokens-to-loss", "tokens-to-loss-long"])
+def test_what_it_says_of_muon_is_what_was_measured(report: str) -> None:
     lines = (RESULTS / f"{report}.jsonl").read_text().splitlines()
     finals: dict[tuple[str, float], list[tuple[float, int]]] = {}
     for row in map(json.loads, lines):
@@ -72,7 +72,7 @@ def test_what_it_says_of_muon_is_what_was_measured(report: str, share: float) ->
             means[optimizer] = (statistics.mean(loss for loss, _ in results), results[0][1])
     assert len([name for name, _ in finals if name == "adamw"]) >= 5  # rates
     assert means["muon"][0] <= means["adamw"][0]
-    assert means["muon"][1] <= share * means["adamw"][1]
+    assert means["muon"][1] <= 0.4 * means["adamw"][1]
     for loss, tokens in means.values():
         assert f"at {loss:.2f} after {tokens:,}" in WORDS
 
