@@ -61,11 +61,9 @@ def muon_groups(named_parameters: Sequence[tuple[str, Tensor]], config: Optimize
         "peak_learning_rate": config.muon_learning_rate,
         "weight_decay": config.muon_weight_decay,
         "momentum": config.muon_momentum,
-        "nesterov": True,
         "ns_coefficients": _NS_COEFFICIENTS,
         "ns_steps": _NS_STEPS,
         "eps": _NS_EPS,
-        "adjust_lr_fn": "original",
     }
     fused = [p for name, p in matrices if name.endswith(FUSED_QKV_SUFFIX)]
     single = [p for name, p in matrices if not name.endswith(FUSED_QKV_SUFFIX)]

@@ -30,7 +30,7 @@ STATE_KEYS = {"adamw": ("step", "exp_avg", "exp_avg_sq"), "muon": ("momentum_buf
 # The settings that the state was made with; a checkpoint records them and `load_optimizer` compares them.
 _HYPERPARAMETERS = {
     "adamw": ("betas", "eps", "weight_decay"),
-    "muon": ("momentum", "nesterov", "ns_coefficients", "ns_steps", "eps", "weight_decay", "adjust_lr_fn", "parts"),
+    "muon": ("momentum", "ns_coefficients", "ns_steps", "eps", "weight_decay", "parts"),
 }
 # Of an optimizer that is not ours: everything but these, which say who, how fast and with which kernel.
 _NOT_COMPARED = frozenset(
