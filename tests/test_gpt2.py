@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 from toolkit.config import DataConfig, GPT2Config, TrainConfig, TrainingConfig, gpt2_config
 from toolkit.errors import UserError
+from toolkit.model import product
 from toolkit.model.gpt2 import (
     GPT2,
     KVCache,
@@ -199,8 +200,10 @@ def test_all_targets_ignored_is_a_zero_loss_with_zero_gradients() -> None:
     assert all(not gradient.any() for gradient in gradients(model).values())
 
 
+@pytest.mark.parametrize("units", [True, False], ids=["units", "no-units"])
 @pytest.mark.parametrize("chunk", [16, 4096])
-def test_bf16_autocast_stays_close_to_fp32(chunk: int) -> None:
+def test_bf16_autocast_stays_close_to_fp32(chunk: int, units: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(product, "cpu_has_bf16", lambda: units)
     plain_loss, plain = plain_gradients()
     model = GPT2(TINY, seed=5, loss_chunk_tokens=chunk)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -381,7 +384,8 @@ def peak_bytes_of_a_step(make_model: Callable[[], torch.nn.Module], *, theirs: b
         return count.peak + 2 * weights
 
 
-def test_a_step_of_124m_takes_half_the_memory_of_transformers() -> None:
+def test_a_step_of_124m_takes_half_the_memory_of_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(product, "cpu_has_bf16", lambda: True)  # as on a GPU, for which this CPU stands here
     settings = transformers.GPT2Config(
         embd_pdrop=0, attn_pdrop=0, resid_pdrop=0, use_cache=False, attn_implementation="sdpa"
     )

@@ -24,6 +24,7 @@ from toolkit.config import (
     gpt2_config,
 )
 from toolkit.errors import UserError
+from toolkit.model import product
 from toolkit.model.gpt2 import GPT2, canonical_tensors
 from toolkit.training.hardware import DEVICES, find_device, peak_flops
 from toolkit.training.optimizer import build_optimizer, optimizer_tensors
@@ -87,13 +88,17 @@ def bytes_saved_by_autograd(config, precision):
 
 
 @pytest.mark.parametrize("chunk", [50, 10**6], ids=["chunked", "whole"])
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize(
+    ("precision", "units"), [("fp32", True), ("bf16", True), ("bf16", False)], ids=["fp32", "bf16", "bf16-no-units"]
+)
 @pytest.mark.parametrize("checkpointing", ["none", "block"])
 @pytest.mark.parametrize("model", [SMALL, MIDDLE, LARGE], ids=["small", "middle", "large"])
-def test_saved_bytes_are_those_that_autograd_really_saves(model, checkpointing, precision, chunk):
+def test_saved_bytes_are_those_that_autograd_really_saves(model, checkpointing, precision, units, chunk, monkeypatch):
+    monkeypatch.setattr(product, "cpu_has_bf16", lambda: units)
     config = recipe(model, sequence_length=40, activation_checkpointing=checkpointing, loss_chunk_tokens=chunk, batch=3)
     predicted = saved_activation_bytes(config, precision, micro_batch_size=3)
-    assert predicted == pytest.approx(bytes_saved_by_autograd(config, precision), rel=0.002)
+    # Where attention is computed again, in fp32, its normalisers are not kept.
+    assert predicted == pytest.approx(bytes_saved_by_autograd(config, precision), rel=0.002 if units else 0.008)
 
 
 class AllocatedBytes(TorchDispatchMode):
@@ -149,7 +154,10 @@ def peak_of_a_step(config, precision):
     ],
     ids=["124M", "checkpointed", "one-chunk", "bytes", "bytes-checkpointed"],
 )
-def test_the_predicted_peak_is_never_below_what_a_step_allocates_and_at_most_a_tenth_above(config, precision):
+def test_the_predicted_peak_is_never_below_what_a_step_allocates_and_at_most_a_tenth_above(
+    config, precision, monkeypatch
+):
+    monkeypatch.setattr(product, "cpu_has_bf16", lambda: True)  # as on a GPU, for which this CPU stands here
     predicted = memory_estimate(config, precision, micro_batch_size=config.training.micro_batch_size).peak
     ratio = predicted / peak_of_a_step(config, precision)
     assert 0.995 < ratio < 1.10

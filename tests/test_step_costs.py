@@ -228,10 +228,14 @@ def test_nothing_is_compiled_again_after_the_second_step(tiny: TrainConfig, monk
 # Memory and garbage
 
 
+def live_tensors() -> list[torch.Tensor]:
+    """All tensors that Python can reach."""
+    return [thing for thing in gc.get_objects() if type(thing) in (torch.Tensor, torch.nn.Parameter)]
+
+
 def live_bytes() -> int:
     """Bytes of all tensors that Python can reach, each storage once."""
-    tensors = [thing for thing in gc.get_objects() if type(thing) in (torch.Tensor, torch.nn.Parameter)]
-    storages = [tensor.untyped_storage() for tensor in tensors]
+    storages = [tensor.untyped_storage() for tensor in live_tensors()]
     return sum({storage._cdata: storage.nbytes() for storage in storages}.values())
 
 
@@ -239,6 +243,7 @@ def live_bytes() -> int:
 def test_weights_gradients_and_moments_exist_once(tiny: TrainConfig, precision: str, compiled: str) -> None:
     config = change(tiny, model={"n_layer": 1, "n_embd": 128}, training={"precision": precision, "compile": compiled})
     gc.collect()
+    _others = live_tensors()  # of earlier tests: held, so that none is freed while this one counts
     before = live_bytes()
     with Trainer(config) as trainer:
         trainer.resume()

@@ -10,7 +10,9 @@ Contenders, all on the same number of random tokens a step, in one micro-batch:
   the difference;
 - transformers, transformers-compiled: GPT2LMHeadModel in a bare PyTorch loop, SDPA on, the loss inside the model;
 - transformers-trainer: the same model in `transformers.Trainer` with its defaults, nothing saved or reported.
-The ceiling is the rate of plain matrix products of the model's own shapes, forward and backward.
+The ceiling is the rate of plain matrix products of the model's own shapes, forward and backward; in bf16 on a CPU without
+instructions for it they are fp32's, since torch's own bf16 products take 10 to 100 times as long there: so do those of
+`transformers`, minutes a step at 124M (--contenders leaves them out).
 
 On a GPU, memory is what CUDA's allocator held at most, and fp32 is what each contender makes of it: TF32 in this toolkit.
 There the micro-batch should be the one that a run would use: an H100 finishes 8,192 tokens of a compiled step before Python
@@ -58,6 +60,7 @@ from toolkit.data.manifest import Manifest, TokenizerInfo, write_manifest
 from toolkit.data.shards import ShardWriter, shard_file_name
 from toolkit.data.tokenizer import load_tokenizer
 from toolkit.model.gpt2 import GPT2, flops_per_token, padded_vocab_size
+from toolkit.model.product import cpu_has_bf16
 from toolkit.training.environment import configure_torch, device_name, peak_memory_gib
 from toolkit.training.optimizer import build_optimizer
 from toolkit.training.trainer import Trainer
@@ -243,8 +246,9 @@ def ceiling_seconds(arguments: argparse.Namespace) -> float:
     width, tokens = config.n_embd, arguments.tokens
     shapes = [(width, 3 * width), (width, width), (width, 4 * width), (4 * width, width)] * config.n_layer
     shapes.append((width, padded_vocab_size(config)))
-    dtype = torch.bfloat16 if arguments.precision == "bf16" else torch.float32
     device = torch.device(arguments.device)
+    fast_bf16 = device.type == "cuda" or cpu_has_bf16()
+    dtype = torch.bfloat16 if arguments.precision == "bf16" and fast_bf16 else torch.float32
     configure_torch(device, deterministic=False)
     tensors = {
         shape: (

@@ -21,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from toolkit.config import GPT2Config
 from toolkit.errors import UserError
 from toolkit.model.loss import cross_entropy, mean_cross_entropy
+from toolkit.model.product import affine, attention, product_dtype
 
 VOCABULARY_MULTIPLE = 64  # rows of wte.weight in memory: whole tiles for the matrix units
 LAYER_NORM_EPSILON = 1e-5
@@ -38,8 +39,7 @@ class Projection(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Shapes: (B, T, in) -> (B, T, out)."""
-        rows = torch.addmm(self.bias, x.reshape(-1, x.size(-1)), self.weight)
-        return rows.view(*x.shape[:-1], rows.size(-1))
+        return affine(x, self.weight, self.bias)
 
 
 class KVCache:
@@ -49,8 +49,7 @@ class KVCache:
         config = model.config
         shape = (batch_size, config.n_head, length or config.context_length, config.n_embd // config.n_head)
         weight = model.wte.weight
-        device_type = weight.device.type
-        dtype = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else weight.dtype
+        dtype = product_dtype(weight)
         self.keys = [
             torch.empty(shape, dtype=dtype, device=weight.device) for _ in range(config.n_layer)
         ]  # (B, H, L, D)
@@ -90,7 +89,7 @@ class Attention(nn.Module):
             if not is_causal and length > 1:  # a single new position sees everything and needs no mask
                 mask = torch.ones(length, key.size(2), dtype=torch.bool, device=x.device).tril(cache.length)
         dropout = self.dropout if self.training else 0.0
-        mixed = F.scaled_dot_product_attention(query, key, value, mask, dropout, is_causal)  # (B, H, T, D)
+        mixed = attention(query, key, value, mask, dropout, is_causal)  # (B, H, T, D)
         mixed = mixed.transpose(1, 2).reshape(batch, length, width)
         return F.dropout(self.c_proj(mixed), self.dropout, self.training)
 
@@ -184,7 +183,7 @@ class GPT2(nn.Module):
 
     def logits(self, input_ids: Tensor) -> Tensor:
         """Scores of every next token. Shapes: (B, T) int64 -> (B, T, V)."""
-        return F.linear(self._hidden(input_ids), self.wte.weight)[..., : self.config.vocab_size]
+        return affine(self._hidden(input_ids), self.wte.weight.t())[..., : self.config.vocab_size]
 
     @torch.no_grad()
     def next_logits(self, input_ids: Tensor, cache: KVCache) -> Tensor:
@@ -193,7 +192,7 @@ class GPT2(nn.Module):
         Shapes: (B, T) int64 -> (B, V).
         """
         hidden = self._hidden(input_ids, cache)[:, -1]  # (B, C)
-        return F.linear(hidden, self.wte.weight)[:, : self.config.vocab_size]
+        return affine(hidden, self.wte.weight.t())[:, : self.config.vocab_size]
 
     def _hidden(self, input_ids: Tensor, cache: KVCache | None = None) -> Tensor:
         """Final hidden states. Shapes: (B, T) int64 -> (B, T, C)."""

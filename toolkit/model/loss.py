@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from toolkit.model.product import multiply, operand, product_dtype
+
 IGNORED_TARGET = -100  # as in torch.nn.functional.cross_entropy
 
 # Logits that the softmax widens to fp32 at one time when nothing fuses its passes: 16 MiB, which a CPU's caches hold, or 64
@@ -35,7 +37,7 @@ def mean_cross_entropy(
     Shapes: hidden (N, C), weight (P, C), targets (N,) int64 -> () float32, nats per target.
     """
     if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
-        dtype = _product_dtype(hidden)
+        dtype = product_dtype(hidden)
         loss: Tensor = _ChunkedCrossEntropy.apply(hidden, weight, targets, vocab_size, chunk_tokens, dtype)  # type: ignore[no-untyped-call]
         return loss
     losses = cross_entropy(hidden, weight, targets, vocab_size=vocab_size, chunk_tokens=chunk_tokens)
@@ -48,12 +50,12 @@ def cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, *, vocab_size
 
     Shapes: hidden (N, C), weight (P, C), targets (N,) int64 -> (N,) float32, nats.
     """
-    dtype = _product_dtype(hidden)
-    weight = weight.to(dtype)
-    losses = [
-        _softmax_(hidden_chunk.to(dtype) @ weight.t(), target_chunk, vocab_size, with_gradient=False)
-        for hidden_chunk, target_chunk in _chunks(hidden, targets, chunk_tokens)
-    ]
+    dtype = product_dtype(hidden)
+    weight = operand(weight, dtype)  # once, not once a chunk
+    losses = []
+    for hidden_chunk, target_chunk in _chunks(hidden, targets, chunk_tokens):
+        logits = multiply(operand(hidden_chunk, dtype), weight.t(), dtype)  # (n, P)
+        losses.append(_softmax_(logits, target_chunk, vocab_size, with_gradient=False))
     return torch.cat(losses)
 
 
@@ -74,19 +76,19 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         chunk_tokens: int,
         dtype: torch.dtype,
     ) -> Tensor:
-        weight_cast = weight.to(dtype)  # once, not once a chunk
+        weight_cast = operand(weight, dtype)  # once, not once a chunk
         losses, hidden_grads = [], []
         weight_grad = None
         for hidden_chunk, target_chunk in _chunks(hidden, targets, chunk_tokens):
             # Ignored targets take no part in either gradient: their rows are zero here, where a row is narrow.
             ignored = (target_chunk == IGNORED_TARGET)[:, None]  # (n, 1)
-            hidden_cast = hidden_chunk.to(dtype).masked_fill(ignored, 0.0)
-            logits = hidden_cast @ weight_cast.t()  # (n, P)
+            hidden_cast = operand(hidden_chunk, dtype).masked_fill(ignored, 0.0)
+            logits = multiply(hidden_cast, weight_cast.t(), dtype)  # (n, P)
             losses.append(_softmax_(logits, target_chunk, vocab_size, with_gradient=True).sum())
-            # What was logits is their gradient now. (n, C)
-            hidden_grads.append((logits @ weight_cast).masked_fill_(ignored, 0.0))
+            logits = operand(logits, dtype)  # what was logits is their gradient now
+            hidden_grads.append(multiply(logits, weight_cast, dtype).masked_fill_(ignored, 0.0))  # (n, C)
             if len(hidden) <= chunk_tokens:  # one chunk: stays in the products' dtype until the backward pass
-                weight_grad = logits.t() @ hidden_cast  # (P, C)
+                weight_grad = multiply(logits.t(), hidden_cast, dtype)  # (P, C)
             else:  # several: summed in fp32
                 if weight_grad is None:
                     weight_grad = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
@@ -165,9 +167,3 @@ def _chunks(hidden: Tensor, targets: Tensor, chunk_tokens: int) -> Iterable[tupl
 
 def _count(targets: Tensor) -> Tensor:
     return (targets != IGNORED_TARGET).sum().clamp(min=1)
-
-
-def _product_dtype(hidden: Tensor) -> torch.dtype:
-    """What autocast would compute a matrix product of `hidden` in."""
-    device_type = hidden.device.type
-    return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else hidden.dtype

@@ -17,6 +17,7 @@ from torch._functorch import config as partitioner
 from toolkit.config import Precision
 from toolkit.data.workers import usable_cores
 from toolkit.errors import UserError
+from toolkit.model.product import cpu_has_bf16
 
 _VERSIONS_OF = ("torch", "accelerate", "numpy", "safetensors", "tiktoken", "gpt2-toolkit")
 _FALSE = ("", "no", "false", "0")
@@ -93,19 +94,13 @@ def _native_bf16() -> bool:
     return torch.cuda.get_device_capability()[0] >= 8
 
 
-def cpu_has_bf16() -> bool:
-    """True if this CPU has instructions for bf16 products (or oneDNN makes up for them); others compute one at a time."""
-    units: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
-    return units and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-
-
 def slow_precision(precision: Precision, device: torch.device) -> str | None:
-    """A line to say where the precision that was asked for is far slower than another one; None elsewhere."""
+    """A line to say where 16 bits bring no speed; None elsewhere."""
     if precision != "bf16" or device.type != "cpu" or cpu_has_bf16():
         return None
     return (
-        "this CPU has no bf16 instructions: products in bf16 take 10 to 100 times as long as in fp32; "
-        "use --training.precision fp32"
+        "this CPU has no bf16 instructions: its products are computed in fp32 from numbers rounded to bf16, which takes no "
+        "less time than --training.precision fp32"
     )
 
 

@@ -17,6 +17,7 @@ from toolkit.config import Precision, TrainConfig, grad_accum_steps
 from toolkit.errors import UserError
 from toolkit.model.gpt2 import canonical_shapes, flops_per_token, num_parameters, padded_vocab_size
 from toolkit.model.loss import GPU_TILE_ELEMENTS, PRODUCT_PARTS
+from toolkit.model.product import multiply, operand
 from toolkit.training.environment import device_memory_bytes, device_name, resolve_precision
 from toolkit.training.hardware import DEVICES, find_device, peak_flops
 from toolkit.training.muon import BLOCK_PREFIX
@@ -398,10 +399,10 @@ def _own_tflops(device: torch.device, precision: Precision) -> float | None:
         return None if flops is None else flops / 1e12
     rows, inner, columns = 1024, 768, 3072  # GPT-2 124M's c_fc
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
-    left, right = torch.ones(rows, inner, dtype=dtype), torch.ones(inner, columns, dtype=dtype)
+    left, right = operand(torch.ones(rows, inner), dtype), operand(torch.ones(inner, columns), dtype)
     fastest = math.inf
     for _ in range(8):
         start = time.perf_counter()
-        torch.mm(left, right)
+        multiply(left, right, dtype)
         fastest = min(fastest, time.perf_counter() - start)
     return 2 * rows * inner * columns / fastest / 1e12

@@ -1,0 +1,110 @@
+"""Matrix products and attention in the data type that autocast asks for, also where a CPU has no instructions for it.
+
+Guarantees operands and results of that type. On a CPU with bf16 instructions, and on every GPU, this is torch's own product. On
+other CPUs torch computes bf16 products one number at a time (GPT-2 124M's shapes, 2 AVX2 cores: 1 to 35 GFLOP/s, and 140 in
+fp32). There the rounded operands are multiplied in fp32, which holds a product of two bf16 numbers exactly, and the result
+is rounded: the same numbers but for the order of the sums.
+
+Sizes: N positions, I and O the width that comes in and goes out; attention's as in `gpt2`.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def cpu_has_bf16() -> bool:
+    """True if this CPU has instructions for bf16 products, or oneDNN makes up for them."""
+    units: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+    return units and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def product_dtype(tensor: Tensor) -> torch.dtype:
+    """The data type of a product of `tensor`: autocast's where it is on, else the tensor's own."""
+    device_type = tensor.device.type
+    return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else tensor.dtype
+
+
+def affine(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """rows @ weight + bias, in the data type that autocast asks for, with gradients.
+
+    Shapes: rows (..., I), weight (I, O), bias (O,) -> (..., O).
+    """
+    dtype = product_dtype(rows)
+    flat = rows.reshape(-1, rows.size(-1))  # (N, I)
+    if _in_fp32(dtype, rows):
+        cast_bias = None if bias is None else bias.to(dtype)
+        out: Tensor = _AffineInFp32.apply(flat.to(dtype), weight.to(dtype), cast_bias)  # type: ignore[no-untyped-call]
+    else:
+        out = flat @ weight if bias is None else torch.addmm(bias, flat, weight)
+    return out.view(*rows.shape[:-1], out.size(-1))
+
+
+def attention(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout: float, is_causal: bool
+) -> Tensor:
+    """softmax(query @ key.T / sqrt(D)) @ value for each head, in the data type that autocast asks for, with gradients.
+
+    Shapes: query (B, H, T, D), key and value (B, H, L, D), mask (T, L) bool -> (B, H, T, D).
+    """
+    dtype = product_dtype(query)
+    if not _in_fp32(dtype, query):
+        return F.scaled_dot_product_attention(query, key, value, mask, dropout, is_causal)
+    operands = query.to(dtype), key.to(dtype), value.to(dtype)
+    # The backward pass computes it again from the 16-bit operands, so that nothing in fp32 is kept until then.
+    arguments = (*operands, mask, dropout, is_causal)
+    out: Tensor = checkpoint(_attention_in_fp32, *arguments, use_reentrant=False, preserve_rng_state=dropout > 0)
+    return out
+
+
+def operand(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """`tensor` rounded to `dtype`, in the type in which this device multiplies such numbers: for `multiply`."""
+    rounded = tensor.to(dtype)
+    return rounded.float() if _in_fp32(dtype, rounded) else rounded
+
+
+def multiply(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
+    """left @ right of two operands, rounded to `dtype`; without gradients. Shapes: (N, I), (I, O) -> (N, O)."""
+    if left.dtype == dtype:
+        return left @ right
+    with torch.autocast(left.device.type, enabled=False):  # it would have them back in 16 bits
+        return (left @ right).to(dtype)
+
+
+def _in_fp32(dtype: torch.dtype, tensor: Tensor) -> bool:
+    return dtype == torch.bfloat16 and tensor.device.type == "cpu" and not cpu_has_bf16()
+
+
+def _attention_in_fp32(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout: float, is_causal: bool
+) -> Tensor:
+    with torch.autocast(query.device.type, enabled=False):
+        wide = query.float(), key.float(), value.float()
+        return F.scaled_dot_product_attention(*wide, mask, dropout, is_causal).to(query.dtype)
+
+
+class _AffineInFp32(torch.autograd.Function):
+    """rows @ weight + bias and its gradients; what is kept for the backward pass has the operands' own 16 bits."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(rows, weight)
+        ctx.has_bias = bias is not None
+        with torch.autocast(rows.device.type, enabled=False):
+            if bias is None:
+                return (rows.float() @ weight.float()).to(rows.dtype)
+            return torch.addmm(bias.float(), rows.float(), weight.float()).to(rows.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        rows, weight = ctx.saved_tensors
+        with torch.autocast(rows.device.type, enabled=False):
+            grad = grad_outputs[0].float()  # (N, O)
+            rows_grad = (grad @ weight.float().t()).to(rows.dtype)
+            weight_grad = (rows.float().t() @ grad).to(weight.dtype)
+            bias_grad = grad.sum(0).to(weight.dtype) if ctx.has_bias else None
+        return rows_grad, weight_grad, bias_grad
