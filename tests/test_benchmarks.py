@@ -11,6 +11,7 @@ import pytest
 from tests.benchmarks.tokens_to_loss import SETTINGS, Run, config_of, write_report
 from tests.support import command, environment
 from toolkit.model.gpt2 import num_parameters
+from toolkit.model.product import cpu_has_bf16
 
 CONTENDERS = {
     "toolkit",
@@ -55,6 +56,9 @@ def test_step_speed_measures_all_contenders_and_writes_a_table_and_a_picture(tmp
     assert ratio["both"] == list(both)
     assert ratio["ratio"] == pytest.approx(both[0] / both[1])
     assert "toolkit-compiled / transformers-trainer" in printed
+    half = json.loads((tmp_path / "step-tiny-bf16-32-64.json").read_text())
+    rows_of_half = {row["contender"] for row in half["rows"]}
+    assert rows_of_half == {name for name in CONTENDERS if cpu_has_bf16() or not name.startswith("transformers")}
 
 
 def test_loader_prepare_and_checkpoint_speed_in_short(tmp_path: Path) -> None:
@@ -72,7 +76,7 @@ def test_an_unknown_benchmark_or_options_without_one_are_refused() -> None:
     for arguments in (("step_sped",), ("step_speed", "loader_speed", "--rounds", "1"), ("--rounds", "1")):
         done = command("-m", "tests.benchmarks", *arguments)
         assert done.returncode == 2
-        assert done.stderr.startswith("error: name some of step_speed, loader_speed, prepare_speed, checkpoint_speed")
+        assert done.stderr.startswith("error: name some of loader_speed, prepare_speed, checkpoint_speed, step_speed")
 
 
 def test_tokens_to_loss_shrinks_the_recipes_and_compares_their_best_rates(tmp_path: Path) -> None:

@@ -10,17 +10,17 @@ Contenders, all on the same number of random tokens a step, in one micro-batch:
   the difference;
 - transformers, transformers-compiled: GPT2LMHeadModel in a bare PyTorch loop, SDPA on, the loss inside the model;
 - transformers-trainer: the same model in `transformers.Trainer` with its defaults, nothing saved or reported.
-The ceiling is the rate of plain matrix products of the model's own shapes, forward and backward; in bf16 on a CPU without
-instructions for it they are fp32's, since torch's own bf16 products take 10 to 100 times as long there: so do those of
-`transformers`, minutes a step at 124M (--contenders leaves them out).
+The ceiling is the rate of plain matrix products of the model's own shapes, forward and backward. In bf16 on a CPU without
+instructions for it, these products are fp32's, and `transformers` runs only if it is named: a step of 124M takes minutes there.
 
 On a GPU, memory is what CUDA's allocator held at most, and fp32 is what each contender makes of it: TF32 in this toolkit.
 There the micro-batch should be the one that a run would use: an H100 finishes 8,192 tokens of a compiled step before Python
 has started its kernels (21 of 25 to 30 ms), and the table shows the speed of Python.
 
     python -m tests.benchmarks.step_speed [--size 124M|355M|...|small|tiny] [--sequence-length 512 1024] [--tokens 1024]
-                                          [--precision fp32|bf16] [--device cpu|cuda] [--rounds 5] [--steps 3]
-                                          [--out bench-results]
+                                          [--precision fp32 bf16] [--device cpu|cuda] [--rounds 5] [--steps 3]
+                                          [--contenders toolkit ceiling ...] [--out bench-results]
+    python -m tests.benchmarks.step_speed --sequence-length 512 --precision fp32   # the first of four tables: half an hour
     python -m tests.benchmarks.step_speed --device cuda --precision bf16 --tokens 32768 --sequence-length 1024 --steps 10
     python -m tests.benchmarks.step_speed --size tiny --tokens 128 --sequence-length 64 --rounds 1 --steps 1   # a look
     python -m tests.benchmarks.step_speed --tokens 8192 --sequence-length 1024   # the memory of micro-batch 8
@@ -29,6 +29,7 @@ has started its kernels (21 of 25 to 30 ms), and the table shows the speed of Py
 import argparse
 import contextlib
 import importlib
+import itertools
 import json
 import multiprocessing
 import os
@@ -404,18 +405,32 @@ def run_shape(arguments: argparse.Namespace) -> None:
     print(f"written: {arguments.out / name}.json and .png", flush=True)
 
 
+def default_contenders(precision: str, device: str) -> list[str]:
+    """All that finish their steps in seconds."""
+    if precision == "fp32" or device == "cuda" or cpu_has_bf16():
+        return list(CONTENDERS)
+    print(
+        "this CPU has no bf16 instructions: without transformers, whose steps would take 50 times as long", flush=True
+    )
+    return [name for name in CONTENDERS if not name.startswith("transformers")]
+
+
 def main() -> None:
     """Measures, prints tables, and writes them with pictures into the folder of results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", default="124M", choices=(*GPT2_SIZES, *SIZES))
-    parser.add_argument("--sequence-length", type=int, nargs="+", default=[512], help="one table for each")
+    parser.add_argument("--sequence-length", type=int, nargs="+", default=[512, 1024], help="a table for each")
     parser.add_argument("--tokens", type=int, default=1024, help="tokens in a step, one micro-batch")
-    parser.add_argument("--precision", default="fp32", choices=("fp32", "bf16"))
+    parser.add_argument(
+        "--precision", nargs="+", default=["fp32", "bf16"], choices=("fp32", "bf16"), help="a table for each"
+    )
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
-    parser.add_argument("--contenders", nargs="+", default=list(CONTENDERS), choices=CONTENDERS)
+    parser.add_argument(
+        "--contenders", nargs="+", choices=CONTENDERS, help="all, but for transformers' bf16 on some CPUs"
+    )
     parser.add_argument("--out", type=Path, default=Path("bench-results"))
     arguments = parser.parse_args()
     for length in arguments.sequence_length:
@@ -426,8 +441,10 @@ def main() -> None:
     # Imported once, before the processes part: their times and peaks begin with the same libraries in memory.
     importlib.import_module("transformers.models.gpt2.modeling_gpt2")
     importlib.import_module("transformers.trainer")
-    for length in arguments.sequence_length:
-        run_shape(argparse.Namespace(**{**vars(arguments), "sequence_length": length}))
+    for precision, length in itertools.product(arguments.precision, arguments.sequence_length):
+        contenders = arguments.contenders or default_contenders(precision, arguments.device)
+        shape = {"precision": precision, "sequence_length": length, "contenders": contenders}
+        run_shape(argparse.Namespace(**{**vars(arguments), **shape}))
 
 
 if __name__ == "__main__":
