@@ -90,6 +90,13 @@ def test_what_it_says_of_speed_is_what_was_measured() -> None:
         assert text.format(speed=int(speed), memory=memory) in WORDS, name
 
 
+def test_what_it_says_of_speed_without_a_gpu_is_what_was_measured() -> None:
+    measured = json.loads((RESULTS / "step-124M-bf16-512-1024-cpu.json").read_text())["rows"]
+    speeds = {row["contender"]: row["tokens_per_second"] for row in measured}
+    assert f": {speeds['toolkit']:.0f} tokens/s, {speeds['toolkit-compiled']:.0f} compiled" in WORDS
+    assert f"`transformers` {speeds['transformers']:.1f}, compiled {speeds['transformers-compiled']:.1f}" in WORDS
+
+
 def snippets() -> list[str]:
     """The indented pieces of Python under "Changing it"."""
     section = README.split("## Changing it")[1].split("\n## ")[0]
