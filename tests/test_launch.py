@@ -28,8 +28,10 @@ TWO = (
     "no",
     "--dynamo_backend",
     "no",
+    "--main_process_port",
+    "0",  # a free one: tests run side by side, and two launchers that start at once would both take 29500
 )
-MACHINES = ("--multi_gpu", "--num_processes", "2", "--num_machines", "2", "--main_process_ip", "127.0.0.1", *TWO[5:])
+MACHINES = ("--multi_gpu", "--num_processes", "2", "--num_machines", "2", "--main_process_ip", "127.0.0.1", *TWO[5:9])
 LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--quiet"]
 
 

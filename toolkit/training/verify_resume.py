@@ -143,7 +143,9 @@ def _start(config: TrainConfig, run: Path, *, max_steps: int, cut: int, num_proc
     command = [sys.executable, "-m"]
     if num_processes > 1:
         command += ["accelerate.commands.launch", "--quiet", "--multi_gpu", "--num_processes", str(num_processes)]
-        command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "-m"]
+        command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+        # A free port: two launchers that start at once would both take 29500.
+        command += ["--main_process_port", "0", "-m"]
     done = subprocess.run([*command, "toolkit.training.resume_worker", str(recipe)], capture_output=True, text=True)
     if done.returncode != 0:
         lines = [line for line in done.stderr.splitlines() if line.strip()]
