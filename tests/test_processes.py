@@ -2,10 +2,12 @@
 
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
+from pathlib import Path
 
 import pytest
 from torch.distributed import HashStore
 
+from tests.support import command
 from toolkit.errors import UserError
 from toolkit.training.processes import _agree_on_attempt
 
@@ -31,3 +33,27 @@ def test_each_attempt_agrees_on_a_name_of_its_own_whatever_the_ones_before_have_
     found = agree(store, 1, 2, 0)
     assert len(set(found)) == 1
     assert found[0] not in names
+
+
+def test_a_settled_group_holds_no_tensor_of_its_last_collective(tmp_path: Path) -> None:
+    """Its threads let go of them late and with Python's lock: destroyed before that, the group waits for ever."""
+    script = tmp_path / "collectives.py"
+    script.write_text(
+        "import torch, torch.distributed as dist\n"
+        "from toolkit.training.processes import Processes\n"
+        "dist.init_process_group('gloo')\n"
+        "processes = Processes(torch.device('cpu'))\n"
+        "held = 0\n"
+        "for number in range(200):\n"
+        "    assert processes.all_texts('here') == ['here', 'here']\n"
+        "    processes.settle()\n"
+        "    held += sum(tensor() is not None for tensor in processes._in_use)\n"
+        "    assert processes.sum(torch.ones(3)).tolist() == [2, 2, 2]\n"
+        "    processes.settle()\n"
+        "    held += sum(tensor() is not None for tensor in processes._in_use)\n"
+        "print('held', held, flush=True)\n"
+        "dist.destroy_process_group()\n"
+    )
+    done = command("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("held 0") == 2, done.stdout

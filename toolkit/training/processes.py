@@ -8,6 +8,7 @@ import json
 import os
 import time
 import uuid
+import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
@@ -23,6 +24,7 @@ from toolkit.errors import UserError, describe_os_error
 
 _MESSAGE_BYTES = 4096
 _POLL_SECONDS = 0.02
+_SETTLE_SECONDS = 10.0
 
 
 def restartable_init_method() -> str | None:
@@ -87,6 +89,17 @@ class Processes:
         self.count = dist.get_world_size() if dist.is_initialized() else 1
         self.index = dist.get_rank() if dist.is_initialized() else 0
         self.is_main = self.index == 0
+        self._in_use: list[weakref.ref[Tensor]] = []  # tensors of the last collective
+
+    def settle(self) -> None:
+        """Waits until the group's threads have let go of the last collective's tensors; call it before the group goes.
+
+        Why: gloo's threads do so some time after a collective has returned, and need Python's lock for it. A group that is
+        destroyed meanwhile, by the thread that has this lock, waits for them for ever (seen with torch 2.13).
+        """
+        deadline = time.monotonic() + _SETTLE_SECONDS
+        while any(tensor() is not None for tensor in self._in_use) and time.monotonic() < deadline:
+            time.sleep(_POLL_SECONDS)  # gives the lock away
 
     def share(self, value: Any) -> Any:
         """The main process's `value` (anything that JSON holds) in every process."""
@@ -131,12 +144,14 @@ class Processes:
             mine[: len(encoded)].copy_(torch.frombuffer(bytearray(encoded), dtype=torch.uint8))
         rows = [torch.empty_like(mine) for _ in range(self.count)]
         dist.all_gather(rows, mine)
+        self._in_use = [weakref.ref(tensor) for tensor in (mine, *rows)]
         return [row.cpu().numpy().tobytes().rstrip(b"\0").decode(errors="replace") for row in rows]
 
     def sum(self, values: Tensor) -> Tensor:
         """The sum of a tensor over all processes, in every process (in place)."""
         if self.count > 1:
             dist.all_reduce(values)
+            self._in_use = [weakref.ref(values)]
         return values
 
     def smallest(self, value: int) -> int:

@@ -524,6 +524,7 @@ class Trainer:
         self.progress.close()
         if self.records is not None:
             self.records.close(step=self.step, failure=failure)
+        self.processes.settle()
         if failure is None:  # after a failure, peers may be gone and taking leave of them would wait for ever
             self.accelerator.end_training()
 
