@@ -50,6 +50,7 @@ from toolkit.config import (
     GPT2_SIZES,
     DataConfig,
     GPT2Config,
+    Precision,
     RunConfig,
     ScheduleConfig,
     TrainConfig,
@@ -61,8 +62,7 @@ from toolkit.data.manifest import Manifest, TokenizerInfo, write_manifest
 from toolkit.data.shards import ShardWriter, shard_file_name
 from toolkit.data.tokenizer import load_tokenizer
 from toolkit.model.gpt2 import GPT2, flops_per_token, padded_vocab_size
-from toolkit.model.product import cpu_has_bf16
-from toolkit.training.environment import configure_torch, device_name, peak_memory_gib
+from toolkit.training.environment import configure_torch, device_name, peak_memory_gib, slow_precision
 from toolkit.training.optimizer import build_optimizer
 from toolkit.training.trainer import Trainer
 
@@ -248,8 +248,8 @@ def ceiling_seconds(arguments: argparse.Namespace) -> float:
     shapes = [(width, 3 * width), (width, width), (width, 4 * width), (4 * width, width)] * config.n_layer
     shapes.append((width, padded_vocab_size(config)))
     device = torch.device(arguments.device)
-    fast_bf16 = device.type == "cuda" or cpu_has_bf16()
-    dtype = torch.bfloat16 if arguments.precision == "bf16" and fast_bf16 else torch.float32
+    slow = slow_precision(arguments.precision, device)
+    dtype = torch.bfloat16 if arguments.precision == "bf16" and not slow else torch.float32
     configure_torch(device, deterministic=False)
     tensors = {
         shape: (
@@ -405,9 +405,9 @@ def run_shape(arguments: argparse.Namespace) -> None:
     print(f"written: {arguments.out / name}.json and .png", flush=True)
 
 
-def default_contenders(precision: str, device: str) -> list[str]:
+def default_contenders(precision: Precision, device: str) -> list[str]:
     """All that finish their steps in seconds."""
-    if precision == "fp32" or device == "cuda" or cpu_has_bf16():
+    if not slow_precision(precision, torch.device(device)):
         return list(CONTENDERS)
     print(
         "this CPU has no bf16 instructions: without transformers, whose steps would take 50 times as long", flush=True
