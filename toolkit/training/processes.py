@@ -89,7 +89,7 @@ class Processes:
         self.count = dist.get_world_size() if dist.is_initialized() else 1
         self.index = dist.get_rank() if dist.is_initialized() else 0
         self.is_main = self.index == 0
-        self._in_use: list[weakref.ref[Tensor]] = []  # tensors of the last collective
+        self._lent: list[weakref.ref[Tensor]] = []  # to the last collective
 
     def settle(self) -> None:
         """Waits until the group's threads have let go of the last collective's tensors; call it before the group goes.
@@ -98,8 +98,17 @@ class Processes:
         destroyed meanwhile, by the thread that has this lock, waits for them for ever (seen with torch 2.13).
         """
         deadline = time.monotonic() + _SETTLE_SECONDS
-        while any(tensor() is not None for tensor in self._in_use) and time.monotonic() < deadline:
+        while any(tensor() is not None for tensor in self._lent) and time.monotonic() < deadline:
             time.sleep(_POLL_SECONDS)  # gives the lock away
+
+    def _lend(self, *tensors: Tensor) -> list[Tensor]:
+        """Views of the tensors for the collective that comes, which nobody else holds: when they are gone, it is over."""
+        views = [tensor.detach() for tensor in tensors]
+        self._lent = [weakref.ref(view) for view in views]
+        return views
+
+    def _broadcast(self, tensor: Tensor) -> None:
+        dist.broadcast(self._lend(tensor)[0], src=0)
 
     def share(self, value: Any) -> Any:
         """The main process's `value` (anything that JSON holds) in every process."""
@@ -107,11 +116,11 @@ class Processes:
             return value
         text = json.dumps(value).encode() if self.is_main else b""
         size = torch.tensor([len(text)], dtype=torch.int64, device=self.device)
-        dist.broadcast(size, src=0)
+        self._broadcast(size)
         body = torch.zeros(int(size.item()), dtype=torch.uint8, device=self.device)
         if self.is_main:
             body.copy_(torch.frombuffer(bytearray(text), dtype=torch.uint8))
-        dist.broadcast(body, src=0)
+        self._broadcast(body)
         return json.loads(body.cpu().numpy().tobytes())
 
     def share_tensors(self, tensors: Mapping[str, Tensor] | None) -> Mapping[str, Tensor]:
@@ -130,7 +139,7 @@ class Processes:
                 buffer = tensors[name].to(self.device).contiguous()
             else:
                 buffer = torch.empty(shape, dtype=getattr(torch, dtype), device=self.device)
-            dist.broadcast(buffer, src=0)
+            self._broadcast(buffer)
             shared[name] = tensors[name] if tensors is not None else buffer.cpu()
         return shared
 
@@ -143,15 +152,14 @@ class Processes:
         if encoded:
             mine[: len(encoded)].copy_(torch.frombuffer(bytearray(encoded), dtype=torch.uint8))
         rows = [torch.empty_like(mine) for _ in range(self.count)]
-        dist.all_gather(rows, mine)
-        self._in_use = [weakref.ref(tensor) for tensor in (mine, *rows)]
+        own, *gathered = self._lend(mine, *rows)
+        dist.all_gather(gathered, own)
         return [row.cpu().numpy().tobytes().rstrip(b"\0").decode(errors="replace") for row in rows]
 
     def sum(self, values: Tensor) -> Tensor:
         """The sum of a tensor over all processes, in every process (in place)."""
         if self.count > 1:
-            dist.all_reduce(values)
-            self._in_use = [weakref.ref(values)]
+            dist.all_reduce(self._lend(values)[0])
         return values
 
     def smallest(self, value: int) -> int:
