@@ -34,6 +34,8 @@ GRACE_SECONDS = 15.0
 ORPHAN_SECONDS = 20.0
 # The helper of a killed start may still be finishing the same run; the next one waits this long for it [seconds].
 PREDECESSOR_SECONDS = 30.0
+# What wandb raises, besides a broken connection, when its own helper is gone: names, since wandb is not imported yet.
+_NOBODY_ANSWERS = ("HandleAbandonedError", "MailboxClosedError")
 
 
 def main() -> None:
@@ -238,8 +240,11 @@ def _lines(commands: BinaryIO) -> Iterator[dict[str, Any]]:
 
 
 def _describe(error: Exception) -> str:
+    """One line on an error of wandb's, the same whichever of its threads met it first."""
     text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text[:300]}" if text else type(error).__name__
+    said = f"{type(error).__name__}: {text[:300]}" if text else type(error).__name__
+    ended = isinstance(error, (BrokenPipeError, ConnectionResetError)) or type(error).__name__ in _NOBODY_ANSWERS
+    return f"wandb's own process, wandb-core, has ended ({said})" if ended else said
 
 
 def _unreachable(base_url: str) -> str | None:
