@@ -14,6 +14,7 @@ from toolkit.errors import UserError
 from toolkit.model.gpt2 import GPT2
 from toolkit.training.muon import orthogonalize
 from toolkit.training.optimizer import (
+    allocate_state,
     build_optimizer,
     load_optimizer,
     optimizer_scalars,
@@ -484,6 +485,43 @@ def test_state_from_before_the_first_update_empties_an_optimizer_in_use():
     train(model, optimizer, range(1), grad_scaler(False))
     load_optimizer(optimizer, model, *fresh)
     assert optimizer_tensors(optimizer, model) == {}
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_state_made_before_the_first_step_is_the_state_that_the_step_makes(name):
+    model, optimizer = build(name)
+    losses = train(model, optimizer, range(3), grad_scaler(False))
+    early_model, early = build(name)
+    allocate_state(early, early_model)
+    made = {key: tensor.data_ptr() for key, tensor in optimizer_tensors(early, early_model).items()}
+    assert not any(tensor.any() for tensor in optimizer_tensors(early, early_model).values())
+    assert train(early_model, early, range(3), grad_scaler(False)) == losses
+    allocate_state(early, early_model)  # again: changes nothing
+    assert {key: tensor.data_ptr() for key, tensor in optimizer_tensors(early, early_model).items()} == made
+    assert_equal_tensors(optimizer_tensors(early, early_model), optimizer_tensors(optimizer, model))
+    assert_equal_tensors(weights(early_model), weights(model))
+    for parameter, twin in zip(early_model.parameters(), model.parameters(), strict=True):
+        for key, tensor in optimizer.state[twin].items():
+            ours = early.state[parameter][key]
+            assert (ours.dtype, ours.shape, ours.device) == (tensor.dtype, tensor.shape, tensor.device), key
+
+
+def test_a_parameter_that_no_step_has_moved_is_saved_and_resumed():
+    model, optimizer = build()
+    allocate_state(optimizer, model)
+    backward(model, 0)
+    model.wpe.weight.grad = None
+    optimizer.step()
+    other, resumed = build(seed=99)
+    load_optimizer(resumed, other, *save(model, optimizer))
+    assert_equal_tensors(optimizer_tensors(resumed, other), optimizer_tensors(optimizer, model))
+
+
+def test_state_of_an_optimizer_of_ones_own_is_left_to_it():
+    model = GPT2(TINY, seed=1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    allocate_state(optimizer, model)
+    assert not optimizer.state
 
 
 OWN_OPTIMIZERS = {

@@ -357,6 +357,24 @@ def test_libraries_without_memory_halve_the_micro_batch_too(
     assert run_with(Library, tiny).micro_batch_size == 1
 
 
+def test_what_is_tried_before_the_first_step_meets_the_memory_of_a_step(
+    tiny: TrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Weights, gradients and moments: a trial without the moments would pass where the first step cannot."""
+    held: list[int] = []
+
+    class Counting(GPT2):
+        def forward(self, input_ids: Tensor, targets: Tensor) -> Tensor:
+            held.append(sum(t.nbytes for state in trainer.raw_optimizer.state.values() for t in state.values()))
+            return super().forward(input_ids, targets)
+
+    monkeypatch.setenv("TOOLKIT_FAILPOINTS", "trainer.trial=sleep:0")
+    with Trainer(tiny, model=Counting(tiny.model, seed=1)) as trainer:
+        trainer.resume()
+        weights = sum(parameter.nbytes for parameter in trainer.parameters)
+    assert held == [pytest.approx(2 * weights, rel=0.05)]
+
+
 def test_another_error_of_a_library_is_not_taken_for_missing_memory(tiny: TrainConfig) -> None:
     class Library(NeedsMemory):
         error = RuntimeError("CUDA error: an illegal memory access was encountered")

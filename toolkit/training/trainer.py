@@ -51,6 +51,7 @@ from toolkit.training.environment import (
 )
 from toolkit.training.hardware import peak_flops
 from toolkit.training.optimizer import (
+    allocate_state,
     build_optimizer,
     load_optimizer,
     optimizer_scalars,
@@ -141,6 +142,7 @@ class Trainer:
         self.evaluation_due = False  # an evaluation of this step was cut short by a stop request
         self.sampled_step = 0
         self.sampling_due = False  # so were its samples
+        self._first_step = 1  # the number that `step` has after this start's first step
         self.last_loss: float | None = None  # the latest validation's, if it was finite
         self.spikes = SpikeDetector(z_score=config.training.spike_z_score)
 
@@ -196,6 +198,7 @@ class Trainer:
 
         Why one host synchronisation: the GPU runs ahead of Python until `_reduce` reads the step's few numbers.
         """
+        self._collect_garbage()
         started = time.monotonic()
         multiplier = learning_rate_multiplier(self.step, self.config.schedule)
         learning_rate = set_learning_rate(self.raw_optimizer, multiplier)
@@ -407,7 +410,6 @@ class Trainer:
                 f"the fp16 loss scale fell to {scale}, below training.min_loss_scale={self.config.training.min_loss_scale}; "
                 "the last good checkpoint is kept: use --training.precision bf16, or a lower learning rate"
             )
-        self._collect_garbage()
 
     def spiked(self, result: StepResult) -> bool:
         """True, and said aloud, if the step's loss jumped out of the losses before it; call it once a step."""
@@ -449,6 +451,7 @@ class Trainer:
     def resume(self) -> None:
         """Brings the run to the newest valid checkpoint, or to step 0, and gets everything ready for `train_step`."""
         self._load(self._start)
+        allocate_state(self.raw_optimizer, self.raw_model)
         with self.processes.together():
             if self.records is not None:
                 self.records.begin(self.step, evaluation_due=self.evaluation_due, sampling_due=self.sampling_due)
@@ -457,9 +460,9 @@ class Trainer:
         self._report_start()
         self.stop_requests.listen()
         self.watchdog.feed()
-        gc.collect()
-        gc.freeze()  # what exists now lives as long as the run: later collections need not look at it
-        gc.disable()  # collected every GARBAGE_EVERY steps by all processes together, not whenever one of them likes
+        self._first_step = self.step + 1
+        self._keep_what_exists()
+        gc.disable()  # collected in `train_step` by all processes together, not whenever one of them likes
         self._started = time.monotonic()
 
     def rewind(self) -> None:
@@ -866,8 +869,17 @@ class Trainer:
             logger.info(line)
 
     def _collect_garbage(self) -> None:
-        if self.step % GARBAGE_EVERY == 0:
+        """Between steps: after the first one, in which torch.compile drops half a million objects, and now and then."""
+        if self.step == self._first_step:
+            self._keep_what_exists()
+        elif self.step % GARBAGE_EVERY == 0:
             gc.collect()
+
+    @staticmethod
+    def _keep_what_exists() -> None:
+        """Collects garbage; what is left lives as long as the run, and later collections need not look at it."""
+        gc.collect()
+        gc.freeze()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
