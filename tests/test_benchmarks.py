@@ -56,6 +56,15 @@ def test_step_speed_measures_all_contenders_and_writes_a_table_and_a_picture(tmp
     assert ratio["both"] == list(both)
     assert ratio["ratio"] == pytest.approx(both[0] / both[1])
     assert "toolkit-compiled / transformers-trainer" in printed
+    # What Trainer costs is measured apart from the table, with both in one process.
+    beside = {key[1]: ratio for key, ratio in pairs.items() if ratio["in_turns"]}
+    assert set(beside) == {"toolkit", "toolkit-compiled"}
+    for name, ratio in beside.items():
+        assert ratio["over"] == name.replace("toolkit", "toolkit-bare")
+        assert all(speed > 0 for speed in ratio["both"])
+        assert ratio["both"][0] != rows[name]["tokens_per_second"]
+        assert ratio["ratio"] == pytest.approx(ratio["both"][0] / ratio["both"][1])
+    assert printed.count("step by step in turns") == 4  # two in each precision
     half = json.loads((tmp_path / "step-tiny-bf16-32-64.json").read_text())
     rows_of_half = {row["contender"] for row in half["rows"]}
     assert rows_of_half == {name for name in CONTENDERS if cpu_has_bf16() or not name.startswith("transformers")}
