@@ -207,7 +207,7 @@ def test_verify_resume_fails_for_each_part_that_is_not_saved_and_names_it(
     ("lost", "named"),
     [
         ("load_canonical", "model.safetensors: h.0.attn.c_attn.bias differs"),
-        ("load_optimizer", "optimizer.safetensors: h.0.attn.c_attn.bias.exp_avg is missing"),
+        ("load_optimizer", "optimizer.safetensors: h.0.attn.c_attn.bias.exp_avg differs"),
         ("position", "state.json: position is 8 and 0"),
         ("loss_history", "state.json: loss_history is"),
         ("skipped_steps", "state.json: skipped_steps is 1 and 0"),
@@ -256,6 +256,9 @@ def test_each_part_of_the_state_that_is_lost_is_named(run: Path, tmp_path: Path)
             difference = compare_states(whole, checkpoint.Loaded(**{**vars(whole), file: changed}))
             assert difference is not None
             assert difference.startswith(f"{file}.safetensors: {name} differs")
+            without = {other: tensor for other, tensor in tensors.items() if other != name}
+            lost = checkpoint.Loaded(**{**vars(whole), file: without})
+            assert compare_states(lost, whole) == f"{file}.safetensors: {name} is missing in the first"
     copy = tmp_path / "copy"
     shutil.copytree(run, copy)
     assert compare_runs(run, copy, step=4) is None
