@@ -492,11 +492,11 @@ def test_state_made_before_the_first_step_is_the_state_that_the_step_makes(name)
     model, optimizer = build(name)
     losses = train(model, optimizer, range(3), grad_scaler(False))
     early_model, early = build(name)
-    allocate_state(early, early_model)
+    allocate_state(early)
     made = {key: tensor.data_ptr() for key, tensor in optimizer_tensors(early, early_model).items()}
     assert not any(tensor.any() for tensor in optimizer_tensors(early, early_model).values())
     assert train(early_model, early, range(3), grad_scaler(False)) == losses
-    allocate_state(early, early_model)  # again: changes nothing
+    allocate_state(early)  # again: changes nothing
     assert {key: tensor.data_ptr() for key, tensor in optimizer_tensors(early, early_model).items()} == made
     assert_equal_tensors(optimizer_tensors(early, early_model), optimizer_tensors(optimizer, model))
     assert_equal_tensors(weights(early_model), weights(model))
@@ -508,7 +508,7 @@ def test_state_made_before_the_first_step_is_the_state_that_the_step_makes(name)
 
 def test_a_parameter_that_no_step_has_moved_is_saved_and_resumed():
     model, optimizer = build()
-    allocate_state(optimizer, model)
+    allocate_state(optimizer)
     backward(model, 0)
     model.wpe.weight.grad = None
     optimizer.step()
@@ -520,7 +520,7 @@ def test_a_parameter_that_no_step_has_moved_is_saved_and_resumed():
 def test_state_of_an_optimizer_of_ones_own_is_left_to_it():
     model = GPT2(TINY, seed=1)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-    allocate_state(optimizer, model)
+    allocate_state(optimizer)
     assert not optimizer.state
 
 

@@ -24,6 +24,7 @@ from toolkit.data.prepare import prepare
 from toolkit.data.shards import open_shards
 from toolkit.errors import UserError
 from toolkit.model.gpt2 import GPT2, load_canonical
+from toolkit.training import trainer as trainer_module
 from toolkit.training.audit import audit
 from toolkit.training.supervision import StopRequests
 from toolkit.training.trainer import StepResult, Trainer, mixed_seed
@@ -373,6 +374,25 @@ def test_what_is_tried_before_the_first_step_meets_the_memory_of_a_step(
         trainer.resume()
         weights = sum(parameter.nbytes for parameter in trainer.parameters)
     assert held == [pytest.approx(2 * weights, rel=0.05)]
+
+
+@pytest.mark.parametrize("what", ["the weights", "the optimizer's moments"])
+def test_a_device_too_small_for_what_lives_as_long_as_the_run_is_told_in_one_line(
+    tiny: TrainConfig, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    def refuse(*_: object) -> None:
+        raise torch.OutOfMemoryError("pretended")
+
+    if what == "the weights":
+        monkeypatch.setattr(GPT2, "to", refuse)
+    else:
+        monkeypatch.setattr(trainer_module, "allocate_state", refuse)
+    said = f"no memory left for {what}; weights, gradients and moments take 0.00 GiB"
+    with pytest.raises(UserError, match=said), Trainer(tiny) as trainer:
+        trainer.fit()
+    status = json.loads((Path(tiny.run.dir) / "status.json").read_text())
+    assert status["status"] == "failed"
+    assert what in status["reason"]
 
 
 def test_another_error_of_a_library_is_not_taken_for_missing_memory(tiny: TrainConfig) -> None:

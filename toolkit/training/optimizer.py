@@ -64,19 +64,21 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig, *, device_type: s
     return MuonWithAdamW(hidden, adam) if hidden else adam
 
 
-def allocate_state(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
+def allocate_state(optimizer: torch.optim.Optimizer) -> None:
     """Gives every parameter that has no state yet the state, at zero, that the first step would make for it.
 
     Why: what lives as long as the run is to lie beside the weights, not where the first step's activations have left gaps,
     and whoever tries what fits into memory is to meet it there. An optimizer that is not ours keeps its own ways.
     """
-    for _, parameter, group in _named_parameters(optimizer, model):
-        if optimizer.state.get(parameter):
-            continue
-        for key in STATE_KEYS.get(group.get("algorithm", ""), ()):
-            scalar = key == "step"
-            dtype = torch.float32 if scalar else parameter.dtype
-            optimizer.state[parameter][key] = _empty_state(parameter, group, key, scalar=scalar, dtype=dtype)
+    for group in optimizer.param_groups:
+        keys = STATE_KEYS.get(group.get("algorithm", ""), ())
+        for parameter in group["params"]:
+            if optimizer.state.get(parameter):
+                continue
+            for key in keys:
+                scalar = key == "step"
+                dtype = torch.float32 if scalar else parameter.dtype
+                optimizer.state[parameter][key] = _empty_state(parameter, group, key, scalar=scalar, dtype=dtype)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, multiplier: float) -> float:

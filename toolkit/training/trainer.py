@@ -58,7 +58,7 @@ from toolkit.training.optimizer import (
     optimizer_tensors,
     set_learning_rate,
 )
-from toolkit.training.plan import largest_micro_batch
+from toolkit.training.plan import largest_micro_batch, memory_estimate
 from toolkit.training.processes import Processes, restartable_init_method
 from toolkit.training.progress import Progress, configure_logging
 from toolkit.training.records import RunRecords
@@ -451,7 +451,8 @@ class Trainer:
     def resume(self) -> None:
         """Brings the run to the newest valid checkpoint, or to step 0, and gets everything ready for `train_step`."""
         self._load(self._start)
-        allocate_state(self.raw_optimizer, self.raw_model)
+        with self.processes.together(), self._naming_missing_memory("the optimizer's moments"):
+            allocate_state(self.raw_optimizer)
         with self.processes.together():
             if self.records is not None:
                 self.records.begin(self.step, evaluation_due=self.evaluation_due, sampling_due=self.sampling_due)
@@ -516,6 +517,24 @@ class Trainer:
             raise UserError(
                 f"process {self.processes.index} lost the connection to another process in step {self.step + 1}; what that "
                 "process printed, or the launcher's report, names the first cause; the last checkpoint is intact"
+            ) from None
+
+    @contextmanager
+    def _naming_missing_memory(self, what: str) -> Iterator[None]:
+        """Says in one line that what no smaller micro-batch makes smaller does not fit.
+
+        Raises: UserError.
+        """
+        try:
+            yield
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            needed = memory_estimate(self.config, self.precision, micro_batch_size=1)
+            fixed = needed.weights + needed.gradients + needed.moments
+            raise UserError(
+                f"{device_name(self.device)} has no memory left for {what}; weights, gradients and moments take "
+                f"{fixed / 2**30:.2f} GiB: end what else uses the device, or use a smaller model (`toolkit plan` tells what fits)"
             ) from None
 
     def close(self, *, failure: str | None = None) -> None:
@@ -661,7 +680,8 @@ class Trainer:
             )
             if config.model.init_from is not None and self._start is None:
                 self._init_from(model, config.model.init_from)
-        self.raw_model: GPT2 = model.to(self.device)  # type: ignore[assignment]  # or one's own with the same verbs
+        with self.processes.together(), self._naming_missing_memory("the weights"):
+            self.raw_model: GPT2 = model.to(self.device)  # type: ignore[assignment]  # or one's own with the same verbs
         self.raw_optimizer = optimizer or build_optimizer(model, config.optimizer, device_type=self.device.type)
         self.model, self.optimizer = self.accelerator.prepare(self.raw_model, self.raw_optimizer)
         self.parameters = [parameter for parameter in self.raw_model.parameters() if parameter.requires_grad]
