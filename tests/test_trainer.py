@@ -395,6 +395,18 @@ def test_a_device_too_small_for_what_lives_as_long_as_the_run_is_told_in_one_lin
     assert what in status["reason"]
 
 
+def test_a_device_too_small_for_the_saved_moments_is_told_in_one_line(
+    fit: Fit, tiny: TrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise torch.OutOfMemoryError("pretended")
+
+    fit(change(tiny, training={"max_steps": 2}))
+    monkeypatch.setattr(trainer_module, "load_optimizer", refuse)
+    with pytest.raises(UserError, match="no memory left for the optimizer's moments"):
+        fit(tiny)
+
+
 def test_another_error_of_a_library_is_not_taken_for_missing_memory(tiny: TrainConfig) -> None:
     class Library(NeedsMemory):
         error = RuntimeError("CUDA error: an illegal memory access was encountered")

@@ -733,7 +733,7 @@ class Trainer:
         state = self.processes.share(loaded.state if loaded else None)
         weights = self.processes.share_tensors(loaded.model if loaded else None)
         moments = self.processes.share_tensors(loaded.optimizer if loaded else None)
-        with self.processes.together():
+        with self.processes.together(), self._naming_missing_memory("the optimizer's moments"):
             load_optimizer(self.raw_optimizer, self.raw_model, moments, state["optimizer"])
             load_canonical(self.raw_model, weights)
         self.step, self.position = state["step"], state["position"]
