@@ -90,6 +90,7 @@ SPEED_TARGETS = (
 # (smaller, larger, at most): peak memory of the one over the other's, at 124M, micro-batch 8 and T = 1024.
 MEMORY_TARGETS = (("toolkit", "transformers", 0.55), ("toolkit-compiled", "transformers-compiled", 0.55))
 WARMUP_STEPS = 2
+Measurement = Callable[[argparse.Namespace, str], dict[str, float]]  # of a contender
 SIZES = {
     "small": {"n_layer": 2, "n_head": 4, "n_embd": 256},
     "tiny": {"n_layer": 1, "n_head": 1, "n_embd": 32},
@@ -310,14 +311,13 @@ def measure_in_turns(arguments: argparse.Namespace, contender: str) -> dict[str,
     return {"seconds": seconds, "bare_seconds": bare_seconds}
 
 
-def measure_apart(arguments: argparse.Namespace, contender: str, *, in_turns: bool = False) -> dict[str, float]:
-    """`measure` in a process of its own: on a CPU one with all libraries imported already, on a GPU a fresh one.
+def measure_apart(arguments: argparse.Namespace, contender: str, function: Measurement = measure) -> dict[str, float]:
+    """A measurement in a process of its own: on a CPU one with all libraries imported already, on a GPU a fresh one.
 
     Why: memory of a CPU is counted from there on, and CUDA does not work in a process that was forked.
     """
     context = multiprocessing.get_context("fork" if arguments.device == "cpu" else "spawn")
     ours, theirs = context.Pipe(duplex=False)
-    function = measure_in_turns if in_turns else measure
     process = context.Process(target=send, args=(theirs, function, arguments, contender))  # type: ignore[attr-defined]
     process.start()
     theirs.close()
@@ -329,12 +329,7 @@ def measure_apart(arguments: argparse.Namespace, contender: str, *, in_turns: bo
     return result
 
 
-def send(
-    answer: Connection,
-    function: Callable[[argparse.Namespace, str], dict[str, float]],
-    arguments: argparse.Namespace,
-    contender: str,
-) -> None:
+def send(answer: Connection, function: Measurement, arguments: argparse.Namespace, contender: str) -> None:
     """What the other process does."""
     answer.send(function(arguments, contender))
 
@@ -359,7 +354,7 @@ def run_in_turns(arguments: argparse.Namespace) -> dict[tuple[str, str], list[fl
     speeds = {}
     for name, bare in BARE_LOOP_OF.items() if arguments.device == "cpu" else ():
         if {name, bare} <= set(arguments.contenders):
-            result = measure_apart(arguments, name, in_turns=True)
+            result = measure_apart(arguments, name, measure_in_turns)
             speeds[name, bare] = [arguments.tokens / result[key] for key in ("seconds", "bare_seconds")]
     return speeds
 

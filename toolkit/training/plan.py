@@ -47,6 +47,11 @@ class MemoryEstimate:
     backward_pass: int  # working memory of the backward pass, a recomputed block included
     peak: int
 
+    @property
+    def fixed(self) -> int:
+        """Weights, gradients and moments: what no smaller micro-batch makes smaller."""
+        return self.weights + self.gradients + self.moments
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Speed:
@@ -351,9 +356,8 @@ def _nothing_fits(config: TrainConfig, precision: Precision, *, usable: int, mem
         f"a model of {num_parameters(config.model):,} parameters needs {smallest.peak / GIB:.2f} GiB for one window of "
         f"{config.data.sequence_length} tokens, and {device} has {usable / GIB:.2f} GiB usable of {memory_bytes / GIB:.1f}"
     )
-    fixed = smallest.weights + smallest.gradients + smallest.moments
-    if fixed > usable:
-        return f"{message}; weights, gradients and moments alone take {fixed / GIB:.2f} GiB: use a smaller model (--model.n-layer, --model.n-embd)"
+    if smallest.fixed > usable:
+        return f"{message}; weights, gradients and moments alone take {smallest.fixed / GIB:.2f} GiB: use a smaller model (--model.n-layer, --model.n-embd)"
     advice = "a shorter --data.sequence-length or a smaller model"
     if config.training.activation_checkpointing == "none":
         advice = f"--training.activation-checkpointing block, {advice}"

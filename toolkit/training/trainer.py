@@ -142,7 +142,6 @@ class Trainer:
         self.evaluation_due = False  # an evaluation of this step was cut short by a stop request
         self.sampled_step = 0
         self.sampling_due = False  # so were its samples
-        self._first_step = 1  # the number that `step` has after this start's first step
         self.last_loss: float | None = None  # the latest validation's, if it was finite
         self.spikes = SpikeDetector(z_score=config.training.spike_z_score)
 
@@ -461,7 +460,7 @@ class Trainer:
         self._report_start()
         self.stop_requests.listen()
         self.watchdog.feed()
-        self._first_step = self.step + 1
+        self._first_step = self.step + 1  # what `step` will be after this start's first
         self._keep_what_exists()
         gc.disable()  # collected in `train_step` by all processes together, not whenever one of them likes
         self._started = time.monotonic()
@@ -531,10 +530,9 @@ class Trainer:
             if not is_out_of_memory(error):
                 raise
             needed = memory_estimate(self.config, self.precision, micro_batch_size=1)
-            fixed = needed.weights + needed.gradients + needed.moments
             raise UserError(
                 f"{device_name(self.device)} has no memory left for {what}; weights, gradients and moments take "
-                f"{fixed / 2**30:.2f} GiB: end what else uses the device, or use a smaller model (`toolkit plan` tells what fits)"
+                f"{needed.fixed / 2**30:.2f} GiB: end what else uses the device, or use a smaller model (`toolkit plan` tells what fits)"
             ) from None
 
     def close(self, *, failure: str | None = None) -> None:
