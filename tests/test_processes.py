@@ -64,3 +64,26 @@ def test_a_settled_group_holds_no_tensor_of_its_last_collective(tmp_path: Path) 
     done = command("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script))
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("held 0") == 2, done.stdout
+
+
+def test_a_group_that_lost_a_process_is_not_waited_for(tmp_path: Path) -> None:
+    """The error of the collective holds its tensors for as long as anyone looks at it."""
+    script = tmp_path / "lost.py"
+    script.write_text(
+        "import os, torch, torch.distributed as dist\n"
+        "from toolkit.training.processes import Processes\n"
+        "dist.init_process_group('gloo')\n"
+        "processes = Processes(torch.device('cpu'))\n"
+        "processes.sum(torch.ones(2))\n"
+        "if processes.index == 1:\n"
+        "    os._exit(0)\n"
+        "try:\n"
+        "    while True:\n"
+        "        processes.sum(torch.ones(2))\n"
+        "except RuntimeError as error:\n"
+        "    print('lent', len([view for view in processes._lent if view() is not None]), flush=True)\n"
+        "os._exit(0)\n"
+    )
+    done = command("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script))
+    assert done.returncode == 0, done.stderr
+    assert "lent 0" in done.stdout

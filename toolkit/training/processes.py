@@ -101,14 +101,22 @@ class Processes:
         while any(tensor() is not None for tensor in self._lent) and time.monotonic() < deadline:
             time.sleep(_POLL_SECONDS)  # gives the lock away
 
-    def _lend(self, *tensors: Tensor) -> list[Tensor]:
-        """Views of the tensors for the collective that comes, which nobody else holds: when they are gone, it is over."""
+    @contextmanager
+    def _lending(self, *tensors: Tensor) -> Iterator[list[Tensor]]:
+        """Views of the tensors for one collective, which nobody else holds: when they are gone, it is over."""
         views = [tensor.detach() for tensor in tensors]
         self._lent = [weakref.ref(view) for view in views]
-        return views
+        try:
+            yield views
+        except (
+            RuntimeError
+        ):  # a peer is gone: the error's traceback holds the views now, and nobody would let go of them
+            self._lent.clear()
+            raise
 
     def _broadcast(self, tensor: Tensor) -> None:
-        dist.broadcast(self._lend(tensor)[0], src=0)
+        with self._lending(tensor) as (view,):
+            dist.broadcast(view, src=0)
 
     def share(self, value: Any) -> Any:
         """The main process's `value` (anything that JSON holds) in every process."""
@@ -152,14 +160,15 @@ class Processes:
         if encoded:
             mine[: len(encoded)].copy_(torch.frombuffer(bytearray(encoded), dtype=torch.uint8))
         rows = [torch.empty_like(mine) for _ in range(self.count)]
-        own, *gathered = self._lend(mine, *rows)
-        dist.all_gather(gathered, own)
+        with self._lending(mine, *rows) as (own, *gathered):
+            dist.all_gather(gathered, own)
         return [row.cpu().numpy().tobytes().rstrip(b"\0").decode(errors="replace") for row in rows]
 
     def sum(self, values: Tensor) -> Tensor:
         """The sum of a tensor over all processes, in every process (in place)."""
         if self.count > 1:
-            dist.all_reduce(self._lend(values)[0])
+            with self._lending(values) as (view,):
+                dist.all_reduce(view)
         return values
 
     def smallest(self, value: int) -> int:
