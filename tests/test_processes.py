@@ -58,12 +58,11 @@ def test_a_settled_group_holds_no_tensor_of_its_last_collective(tmp_path: Path) 
         "    assert processes.share([number]) == [number]\n"
         "    held += count_held()\n"
         "assert processes._lent\n"
-        "print('held', held, flush=True)\n"
+        "assert held == 0, f'{held} tensors held'\n"
         "dist.destroy_process_group()\n"
     )
     done = command("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script))
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("held 0") == 2, done.stdout
+    assert done.returncode == 0, done.stderr  # each process checks for itself: on one pipe their lines would mix
 
 
 def test_a_group_that_lost_a_process_is_not_waited_for(tmp_path: Path) -> None:

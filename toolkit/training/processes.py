@@ -108,10 +108,8 @@ class Processes:
         self._lent = [weakref.ref(view) for view in views]
         try:
             yield views
-        except (
-            RuntimeError
-        ):  # a peer is gone: the error's traceback holds the views now, and nobody would let go of them
-            self._lent.clear()
+        except RuntimeError:
+            self._lent.clear()  # a peer is gone: the error's traceback holds the views, and nobody would let go of them
             raise
 
     def _broadcast(self, tensor: Tensor) -> None:
