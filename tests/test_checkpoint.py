@@ -880,18 +880,16 @@ def test_training_goes_on_while_a_save_is_written(tmp_path: Path) -> None:
     """What is saved is the moment of the snapshot; the next snapshot waits for the writer."""
     writer = CheckpointWriter(tmp_path, CheckpointConfig())
     model, optimizer = tensors_of(1)
-    with failpoints("checkpoint.before-model=sleep:0.3@1"):
-        started = time.monotonic()
+    with failpoints("checkpoint.before-model=sleep:1.5@1"):
         snapshot(writer, 1, model=model, optimizer=optimizer)
         writer.write(blocking=False)
-        assert time.monotonic() - started < 0.2
         assert writer.busy
         for tensors in (model, optimizer):
             for tensor in tensors.values():
                 tensor.zero_()  # in place, as an optimizer does
         assert steps_in(tmp_path) == []
         snapshot(writer, 2)
-        assert time.monotonic() - started >= 0.3, "one save in flight at most"
+        assert steps_in(tmp_path) == [1], "one save in flight at most"
         assert not writer.busy
     loaded = load(tmp_path / step_name(1))
     expected = tensors_of(1)[0]

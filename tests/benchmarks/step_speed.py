@@ -399,19 +399,30 @@ def ratio_line(ratio: dict[str, Any]) -> str:
 
 
 def draw(rows: list[dict[str, Any]], path: Path, title: str) -> None:
-    """A bar per contender with its rounds as dots."""
+    """Two bars per contender: its tokens/s, with its rounds as dots and its share of the ceiling as a number, and its peak memory."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(8, 0.6 * len(rows) + 1.5), layout="constrained")
-    names = [row["contender"] for row in rows][::-1]
-    axes.barh(names, [row["tokens_per_second"] for row in rows][::-1], color="#88aacc")
-    for height, row in enumerate(rows[::-1]):
-        axes.plot(row["rounds"], [height] * len(row["rounds"]), "k.", markersize=4)
-    axes.set_xlabel("tokens/s (bar: median; dots: rounds)")
-    axes.set_title(textwrap.fill(title, 70), fontsize=10)
+    figure, (speed, memory) = pyplot.subplots(
+        ncols=2, sharey=True, width_ratios=(3, 2), figsize=(10, 0.6 * len(rows) + 1.5), layout="constrained"
+    )
+    rows = rows[::-1]  # bars are drawn from below
+    names = [row["contender"] for row in rows]
+    speed.barh(names, [row["tokens_per_second"] for row in rows], color="#88aacc")
+    for height, row in enumerate(rows):
+        speed.plot(row["rounds"], [height] * len(row["rounds"]), "k.", markersize=4)
+        if row["share_of_ceiling"]:
+            end = (max(row["tokens_per_second"], *row["rounds"]), height)
+            speed.annotate(f"{row['share_of_ceiling']:.2f}", end, (5, 0), textcoords="offset points", va="center")
+    speed.margins(x=0.12)
+    numbers = "; number: share of the ceiling" if any(row["share_of_ceiling"] for row in rows) else ""
+    speed.set_xlabel(f"tokens/s (bar: median; dots: rounds{numbers})")
+    memory.bar_label(memory.barh(names, [row["peak_gib"] for row in rows], color="#ccaa88"), fmt="%.2f", padding=3)
+    memory.margins(x=0.2)
+    memory.set_xlabel("peak memory [GiB]")
+    figure.suptitle(textwrap.fill(title, 90), fontsize=10)
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
 
