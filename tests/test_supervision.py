@@ -39,7 +39,7 @@ def start(code: str, **variables: str) -> subprocess.Popen[str]:
 
 
 def test_one_request_that_arrives_twice_in_a_long_call_is_one() -> None:
-    process = start("in_c(1.5)\nprint(requests.asked(), requests.reason)")
+    process = start("in_c(4)\nprint(requests.asked(), requests.reason)")
     time.sleep(0.2)
     process.send_signal(signal.SIGINT)
     time.sleep(0.1)  # a launcher passes on what the terminal has sent to all
@@ -63,7 +63,7 @@ def test_a_second_request_is_answered_while_the_main_thread_is_stuck() -> None:
 
 def test_a_closed_terminal_is_a_request_but_not_below_nohup() -> None:
     code = "print('ready', flush=True)\ntime.sleep(60)\n"
-    closed = start("in_c(0.5)\nprint(requests.reason)")
+    closed = start("in_c(3)\nprint(requests.reason)")
     closed.send_signal(signal.SIGHUP)
     output, _ = closed.communicate(timeout=60)
     assert output == "received SIGHUP\n"
