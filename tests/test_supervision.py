@@ -27,8 +27,8 @@ def in_c(seconds):
 
 def start(code: str, **variables: str) -> subprocess.Popen[str]:
     process = subprocess.Popen(
-        [sys.executable, "-c", PRELUDE + code],
-        env=environment(**variables),
+        [sys.executable, "-c", "import signal; signal.signal(signal.SIGHUP, signal.SIG_DFL)\n" + PRELUDE + code],
+        env=environment(**variables),  # above: the tests themselves may run below nohup
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
