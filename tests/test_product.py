@@ -124,6 +124,49 @@ def test_dropout_in_attention_is_the_same_in_the_recomputation(monkeypatch: pyte
     assert value.grad.sum().item() == pytest.approx(out.sum().item(), rel=0.01)
 
 
+class ProductRows(TorchDispatchMode):
+    """How many rows each product has that is made in bf16."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[int] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        out = function(*args, **(kwargs or {}))
+        if function.overloadpacket.__name__ in PRODUCTS and out.dtype == torch.bfloat16:
+            self.found.append(out.size(0))
+        return out
+
+
+@pytest.mark.parametrize(
+    ("threads", "rows", "width", "expected"),
+    [
+        (2, 1024, 768, [512, 512]),
+        (2, 1023, 768, [512, 511]),
+        (1, 1024, 768, [1024]),
+        (4, 1024, 768, [1024]),
+        (2, 512, 768, [512]),  # oneDNN divides these by itself
+        (2, 2048, 768, [2048]),
+        (2, 1024, 1600, [1024]),
+    ],
+)
+def test_a_product_that_one_of_two_threads_would_make_alone_is_made_in_halves(
+    monkeypatch: pytest.MonkeyPatch, threads: int, rows: int, width: int, expected: list[int]
+) -> None:
+    monkeypatch.setattr(product, "cpu_has_bf16", lambda: True)
+    monkeypatch.setattr(product, "num_threads", lambda: threads)
+    inputs, weight = normal(1, rows, 24, seed=1).requires_grad_(), normal(24, width, seed=2).requires_grad_()
+    bias = normal(width, seed=3).requires_grad_()
+    with ProductRows() as products, autocast():
+        out = affine(inputs, weight, bias)
+    assert products.found == expected
+    assert_rounded_once(out, rounded(inputs) @ rounded(weight) + rounded(bias))
+    incoming = normal(1, rows, width, seed=4)
+    out.backward(incoming)
+    assert weight.grad is not None
+    assert_rounded_once(weight.grad, rounded(inputs).flatten(0, 1).t() @ rounded(incoming).flatten(0, 1))
+
+
 class ProductTypes(TorchDispatchMode):
     """The data types in which matrices are multiplied."""
 

@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from toolkit.config import GPT2Config
 from toolkit.errors import UserError
+from toolkit.model.embedding import embed_tied
 from toolkit.model.loss import cross_entropy, mean_cross_entropy
 from toolkit.model.product import affine, attention, product_dtype
 
@@ -158,9 +159,10 @@ class GPT2(nn.Module):
         Shapes: input_ids, targets (B, T) int64 -> loss () float32, nats per target.
         Raises: UserError if T > context_length.
         """
+        embedded, head = embed_tied(input_ids, self.wte.weight)
         return mean_cross_entropy(
-            self._hidden(input_ids).flatten(0, 1),
-            self.wte.weight,
+            self._hidden(embedded).flatten(0, 1),
+            head,
             targets.flatten(),
             vocab_size=self.config.vocab_size,
             chunk_tokens=self.loss_chunk_tokens,
@@ -173,7 +175,7 @@ class GPT2(nn.Module):
         Shapes: input_ids, targets (B, T) int64 -> (B, T) float32, nats.
         """
         losses = cross_entropy(
-            self._hidden(input_ids).flatten(0, 1),
+            self._hidden(self.wte(input_ids)).flatten(0, 1),
             self.wte.weight,
             targets.flatten(),
             vocab_size=self.config.vocab_size,
@@ -183,7 +185,7 @@ class GPT2(nn.Module):
 
     def logits(self, input_ids: Tensor) -> Tensor:
         """Scores of every next token. Shapes: (B, T) int64 -> (B, T, V)."""
-        return affine(self._hidden(input_ids), self.wte.weight.t())[..., : self.config.vocab_size]
+        return affine(self._hidden(self.wte(input_ids)), self.wte.weight.t())[..., : self.config.vocab_size]
 
     @torch.no_grad()
     def next_logits(self, input_ids: Tensor, cache: KVCache) -> Tensor:
@@ -191,19 +193,19 @@ class GPT2(nn.Module):
 
         Shapes: (B, T) int64 -> (B, V).
         """
-        hidden = self._hidden(input_ids, cache)[:, -1]  # (B, C)
+        hidden = self._hidden(self.wte(input_ids), cache)[:, -1]  # (B, C)
         return affine(hidden, self.wte.weight.t())[:, : self.config.vocab_size]
 
-    def _hidden(self, input_ids: Tensor, cache: KVCache | None = None) -> Tensor:
-        """Final hidden states. Shapes: (B, T) int64 -> (B, T, C)."""
+    def _hidden(self, embedded: Tensor, cache: KVCache | None = None) -> Tensor:
+        """Final hidden states of embedded tokens. Shapes: (B, T, C) -> (B, T, C)."""
         start = cache.length if cache is not None else 0
-        end = start + input_ids.size(1)
+        end = start + embedded.size(1)
         if end > self.config.context_length:
             raise UserError(
                 f"{end} tokens are more than the model's context_length={self.config.context_length}; "
                 f"give at most {self.config.context_length}"
             )
-        x = self.wte(input_ids) + self.wpe.weight[start:end]  # (B, T, C)
+        x = embedded + self.wpe.weight[start:end]  # (B, T, C)
         x = F.dropout(x, self.config.dropout, self.training)
         for block in self.h:
             if self.activation_checkpointing == "block" and torch.is_grad_enabled():
