@@ -21,6 +21,7 @@ has started its kernels (21 of 25 to 30 ms), and the table shows the speed of Py
                                           [--precision fp32 bf16] [--device cpu|cuda] [--rounds 5] [--steps 3]
                                           [--contenders toolkit ceiling ...] [--out bench-results]
     python -m tests.benchmarks.step_speed --sequence-length 512 --precision fp32   # the first of four tables: half an hour
+    ONEDNN_MAX_CPU_ISA=AVX512_CORE_BF16 python -m tests.benchmarks.step_speed --precision bf16   # as on a CPU without AMX
     python -m tests.benchmarks.step_speed --device cuda --precision bf16 --tokens 32768 --sequence-length 1024 --steps 10
     python -m tests.benchmarks.step_speed --size tiny --tokens 128 --sequence-length 64 --rounds 1 --steps 1   # a look
     python -m tests.benchmarks.step_speed --tokens 8192 --sequence-length 1024   # the memory of micro-batch 8
@@ -427,12 +428,25 @@ def draw(rows: list[dict[str, Any]], path: Path, title: str) -> None:
     pyplot.close(figure)
 
 
+def units() -> str:
+    """What this CPU multiplies with, which decides every rate; and what a user has forbidden oneDNN to use of it."""
+    has = torch.cpu.get_capabilities()
+    limit = os.environ.get("ONEDNN_MAX_CPU_ISA")
+    best = torch.backends.cpu.get_cpu_capability()
+    name = next((name for flag, name in (("amx_bf16", "AMX"), ("avx512_bf16", "AVX512_BF16")) if has.get(flag)), best)
+    return name + (f" with ONEDNN_MAX_CPU_ISA={limit}" if limit else "")
+
+
 def run_shape(arguments: argparse.Namespace) -> None:
     """Measures one sequence length, prints its table and ratios, and writes them with a picture."""
     results = run_rounds(arguments)
     rows = table(results, arguments)
     flops = flops_per_token(model_config(arguments), arguments.sequence_length)
-    where = f"{arguments.threads} CPU threads" if arguments.device == "cpu" else device_name(torch.device("cuda"))
+    where = (
+        f"{arguments.threads} CPU threads, {units()}"
+        if arguments.device == "cpu"
+        else device_name(torch.device("cuda"))
+    )
     title = (
         f"GPT-2 {arguments.size}, {arguments.precision}, {arguments.tokens} tokens a step, T = {arguments.sequence_length}, "
         f"{where}, {flops / 1e9:.2f} GFLOP per token"
