@@ -91,10 +91,18 @@ def test_what_it_says_of_speed_is_what_was_measured() -> None:
 
 
 def test_what_it_says_of_speed_without_a_gpu_is_what_was_measured() -> None:
-    measured = json.loads((RESULTS / "step-124M-bf16-512-1024-cpu.json").read_text())["rows"]
-    speeds = {row["contender"]: row["tokens_per_second"] for row in measured}
-    assert f": {speeds['toolkit']:.0f} tokens/s, {speeds['toolkit-compiled']:.0f} compiled" in WORDS
-    assert f"`transformers` {speeds['transformers']:.1f}, compiled {speeds['transformers-compiled']:.1f}" in WORDS
+    speeds = {}
+    for name in ("cpu", "cpu-amx"):
+        measured = json.loads((RESULTS / f"step-124M-bf16-512-1024-{name}.json").read_text())["rows"]
+        speeds[name] = {row["contender"]: row["tokens_per_second"] for row in measured}
+    amx, plain = speeds["cpu-amx"], speeds["cpu"]
+    assert f"with AMX {amx['toolkit']:.0f} tokens/s, {amx['toolkit-compiled']:,.0f} compiled" in WORDS
+    assert f"bf16 {plain['toolkit']:.0f} and {plain['toolkit-compiled']:.0f}, computed in fp32" in WORDS
+    theirs = "`transformers` with AMX {0:.0f}, compiled {1:.0f}, its Trainer {2:.0f}"
+    contenders = ("transformers", "transformers-compiled", "transformers-trainer")
+    assert theirs.format(*(amx[name] for name in contenders)) in WORDS
+    assert "with no instructions 3.1 each" in WORDS
+    assert {round(plain[name], 1) for name in contenders[:2]} == {3.1}
 
 
 def snippets() -> list[str]:
