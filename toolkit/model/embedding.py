@@ -15,8 +15,9 @@ from torch import Tensor
 
 
 def embed_tied(input_ids: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """(rows of the weight, the weight for the head, to be used at most once).
+    """(rows of the weight, the weight for the head).
 
+    The head's gradient is written to: use it at most once, in an operation that makes its gradient anew.
     Shapes: input_ids (B, T) int64, weight (P, C) -> (B, T, C), (P, C).
     """
     embedded, head = _EmbedTied.apply(input_ids, weight)  # type: ignore[no-untyped-call]

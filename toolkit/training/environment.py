@@ -176,7 +176,7 @@ def configure_torch(device: torch.device, *, deterministic: bool) -> None:
     # where the backward pass's products need them, and so are 16-bit weights. A third less is kept from the forward pass
     # (GPT-2 124M, bf16, 8 x 1024 tokens: 1.7 GiB, not 2.7) for about 1 % of a step's time (2 AVX2 cores, fp32).
     partitioner.ban_recompute_materialized_backward = False
-    # tanh from an exponential, in generated code for CPUs: GELU and its derivative in 2/3 of the time.
+    # tanh from an exponential, in generated code for CPUs: GELU and its derivative in half to two thirds of the time.
     inductor.cpp.use_decompose_tanh = True
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts; deterministic needs it
