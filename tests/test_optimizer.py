@@ -20,6 +20,7 @@ from toolkit.training.optimizer import (
     optimizer_scalars,
     optimizer_tensors,
     set_learning_rate,
+    total_norm,
 )
 
 TINY = GPT2Config(n_layer=2, n_head=2, n_embd=32, context_length=16, vocab_size=50)  # 14 rows of padding
@@ -73,6 +74,23 @@ def weights(model):
 def assert_equal_tensors(ours, theirs):
     assert list(ours) == list(theirs)
     assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
+
+
+def test_the_total_norm_is_right_to_a_millionth_for_large_tensors_too():
+    generator = torch.Generator().manual_seed(0)
+    tensors = [torch.randn(shape, generator=generator) for shape in ((3000, 4000), (7,), (), (5, 40))]
+    tensors[0] = tensors[0].t()  # not in one piece
+    exact = torch.cat([tensor.double().flatten() for tensor in tensors]).norm().item()
+    assert total_norm(tensors).item() == pytest.approx(exact, rel=2e-6)
+    assert total_norm(iter([])).item() == 0
+    halves = [tensor.bfloat16() for tensor in tensors[1:]]
+    assert total_norm(halves) == torch.nn.utils.get_total_norm(halves)
+
+
+@pytest.mark.parametrize("number", [math.inf, -math.inf, math.nan])
+def test_the_total_norm_is_finite_if_every_number_is(number):
+    assert total_norm([torch.ones(9), torch.zeros(3)]).item() == 3
+    assert not total_norm([torch.ones(9), torch.tensor([0.0, number])]).isfinite()
 
 
 # Groups and rates

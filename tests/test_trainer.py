@@ -255,6 +255,38 @@ def test_a_finite_loss_with_a_gradient_that_is_not_leaves_the_weights_too(tiny: 
     assert training[2]["optimizer/grad_norm"] == "NaN"
 
 
+@pytest.mark.parametrize("share", [0.5, 2.0])
+def test_a_gradient_above_the_limit_is_scaled_down_to_it_and_one_below_is_left(tiny: TrainConfig, share: float) -> None:
+    """A step of plain gradient descent moves the weights by the rate times the clipped gradient."""
+    measured = one_step_of_descent(tiny, max_grad_norm=1e9)
+    limit = share * measured.grad_norm
+    limited = one_step_of_descent(change(tiny, run={"dir": f"{tiny.run.dir}-limited"}), max_grad_norm=limit)
+    assert limited.grad_norm == measured.grad_norm
+    assert measured.moved == pytest.approx(measured.learning_rate * measured.grad_norm, rel=1e-5)
+    assert limited.moved == pytest.approx(measured.moved * min(share, 1.0), rel=1e-5)
+
+
+@dataclasses.dataclass
+class Descent:
+    """What a step did: the gradient's norm before clipping, the rate, and the norm of the weights' change."""
+
+    grad_norm: float
+    learning_rate: float
+    moved: float
+
+
+def one_step_of_descent(config: TrainConfig, *, max_grad_norm: float) -> Descent:
+    AcceleratorState._reset_state(True)
+    model = GPT2(config.model, seed=config.training.seed)
+    config = change(config, optimizer={"max_grad_norm": max_grad_norm})
+    with Trainer(config, model=model, optimizer=torch.optim.SGD(model.parameters(), lr=1.0)) as trainer:
+        trainer.resume()
+        before = [parameter.detach().double() for parameter in model.parameters()]
+        result = trainer.train_step()
+        moves = [(parameter - old).norm() for parameter, old in zip(model.parameters(), before, strict=True)]
+        return Descent(result.grad_norm, result.learning_rate, torch.stack(moves).norm().item())
+
+
 def test_every_micro_batch_draws_random_numbers_of_its_own_and_a_resumed_run_the_same(tiny: TrainConfig) -> None:
     drawn: list[float] = []
 

@@ -5,10 +5,11 @@ optimizer object with one `step`. Its state leaves as tensors named after the pa
 comes back only if every name, shape, data type and hyperparameter fits: `torch.optim.Optimizer.load_state_dict` matches
 by position, without looking at shapes.
 
-It does not clip, does not decide the rate (see `schedule`) and writes no files (see `checkpoint`).
+It measures what is to be clipped (`total_norm`), but does not clip, does not decide the rate (see `schedule`) and writes no
+files (see `checkpoint`).
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, cast
 
 import torch
@@ -23,6 +24,9 @@ from toolkit.training.muon import MuonWithAdamW, muon_groups
 # that the loop over tensors takes (57 and 180 ms, one thread, torch 2.13, November 2026). The fused AdamW also skips by
 # itself, without asking the host, when a GradScaler has found an infinity.
 FUSED_DEVICES = frozenset({"cpu", "cuda", "mps", "xpu"})
+
+# Numbers whose squares are added up in one sum in fp32, which is then right to a millionth.
+_NORM_PIECE = 2**21
 
 # What our algorithms keep for a parameter; all but AdamW's `step` (a scalar) have the parameter's shape.
 STATE_KEYS = {"adamw": ("step", "exp_avg", "exp_avg_sq"), "muon": ("momentum_buffer",)}
@@ -90,6 +94,20 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, multiplier: float) -> fl
         group["lr"] = group.setdefault("peak_learning_rate", group["lr"]) * multiplier
     groups = optimizer.param_groups
     return cast(float, next((g["lr"] for g in groups if g.get("algorithm") == "adamw"), groups[0]["lr"]))
+
+
+@torch.no_grad()
+def total_norm(tensors: Iterable[Tensor]) -> Tensor:
+    """The Euclidean norm of all numbers of these tensors, as torch.nn.utils.get_total_norm has it -> ().
+
+    Why dot products on a CPU: torch's norm takes twice their time there, and adds the squares of a large tensor up in fp32
+    one after another (GPT-2 124M on 2 cores: 31 and 16 ms, 9e-4 and 1e-6 off; torch 2.13).
+    """
+    tensors = list(tensors)
+    if not tensors or any(tensor.device.type != "cpu" or tensor.dtype != torch.float32 for tensor in tensors):
+        return nn.utils.get_total_norm(tensors)
+    pieces = [piece for tensor in tensors for piece in torch.split(tensor.reshape(-1), _NORM_PIECE)]
+    return torch.stack([torch.dot(piece, piece) for piece in pieces]).sum().sqrt()
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Tensor]:

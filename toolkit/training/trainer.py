@@ -57,6 +57,7 @@ from toolkit.training.optimizer import (
     optimizer_scalars,
     optimizer_tensors,
     set_learning_rate,
+    total_norm,
 )
 from toolkit.training.plan import largest_micro_batch, memory_estimate
 from toolkit.training.processes import Processes, restartable_init_method
@@ -202,8 +203,12 @@ class Trainer:
         multiplier = learning_rate_multiplier(self.step, self.config.schedule)
         learning_rate = set_learning_rate(self.raw_optimizer, multiplier)
         loss, digest = self._gradients()
-        grad_norm = self.accelerator.clip_grad_norm_(self.parameters, self.config.optimizer.max_grad_norm)
+        self.accelerator.unscale_gradients()
+        grad_norm = total_norm(p.grad for p in self.parameters if p.grad is not None)
         facts = self._reduce(loss, grad_norm, digest)
+        max_grad_norm = self.config.optimizer.max_grad_norm
+        if facts.grad_norm > max_grad_norm:  # what is below the limit needs no pass over all gradients
+            nn.utils.clip_grads_with_norm_(self.parameters, max_grad_norm, grad_norm)
         if facts.finite or self.accelerator.scaler is not None:  # a GradScaler skips by itself and lowers its scale
             self.optimizer.step()
         self.optimizer.zero_grad()
@@ -752,7 +757,7 @@ class Trainer:
         return True
 
     def _refuse_broken_weights(self) -> None:
-        if not torch.isfinite(nn.utils.get_total_norm(self.parameters)):  # one pass: 0.06 s for 124M on one core
+        if not torch.isfinite(total_norm(self.parameters)):
             raise UserError(
                 f"the weights at step {self.step} are not finite and are not saved; the checkpoints before are intact: start "
                 "again from one with a lower --optimizer.learning-rate in a new run (--run.resume-from)"
