@@ -1,7 +1,9 @@
 """What a step does beside its arithmetic, counted: host synchronisations, collectives, compilations, collections, copies."""
 
+import ctypes
 import gc
 import json
+import resource
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -288,6 +290,56 @@ def test_garbage_is_collected_in_step_and_never_in_between(tiny: TrainConfig, mo
     assert collected_at == [1, 3, 6]
     assert gc.isenabled()
     assert gc.get_freeze_count() == 0
+
+
+class AllocatorCounts(ctypes.Structure):
+    """What glibc's mallinfo2 returns; the fifth count, hblkhd, is the bytes of blocks that have mappings of their own."""
+
+    _fields_ = [(f"count_{place}", ctypes.c_size_t) for place in range(10)]
+
+
+def mapped_bytes() -> int:
+    mallinfo2 = ctypes.CDLL(None).mallinfo2
+    mallinfo2.restype = AllocatorCounts
+    return int(mallinfo2().count_4)
+
+
+def print_memory_of_steps(data: str, run: str) -> None:
+    """Bytes that have mappings when each of three steps is about to go backward beyond those at the beginning, and the
+    pages that each step faulted in, as JSON."""
+    config = change(
+        DEMO,
+        run={"dir": run},
+        model={"n_embd": 256},
+        data={"path": (data,), "sequence_length": 32},
+        training={"tokens_per_step": 2048, "micro_batch_size": 64, "compile": "off"},
+        wandb={"mode": "disabled"},
+    )
+    mapped, faults = [], []
+    with Trainer(config) as trainer:
+        trainer.resume()
+        before = mapped_bytes()
+        trainer.raw_model.register_forward_hook(lambda *_: mapped.append(mapped_bytes() - before))
+        for _ in range(3):
+            faulted = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+            trainer.train_step()
+            faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - faulted)
+    print(json.dumps({"mapped": mapped, "faults": faults}))
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallinfo2"), reason="a setting of glibc")
+def test_freed_memory_is_kept_from_the_second_step_on(data_dir: Path, tmp_path: Path) -> None:
+    """In the first step large blocks have mappings of their own, so that what it leaves for good does not lie between."""
+    code = f"from tests.test_step_costs import *; print_memory_of_steps({str(data_dir)!r}, {str(tmp_path / 'run')!r})"
+    done = command("-c", code)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    activations = 4 * (2048 * 1024) * 4  # bytes of GELU's inputs alone, in 4 layers
+    assert found["mapped"][0] > 2 * activations
+    # What stays mapped are the libraries' own buffers of the first step.
+    assert found["mapped"][1] == found["mapped"][2] < activations
+    assert found["faults"][0] > 2 * activations / 4096
+    assert found["faults"][2] < found["faults"][0] / 16
 
 
 # What only CUDA shows: that it is asked for
