@@ -202,8 +202,8 @@ def keep_freed_memory(device: torch.device) -> None:
     ones which that step leaves behind for good, of oneDNN and of compiled code, lie together and not between the
     activations, whose room they would divide ever after.
     Why: activations of some megabytes come and go in every step. On 2 AVX2 cores, half of the time of an eager step that
-    is not matrix products went into page faults; a whole fp32 step took 12 % less CPU time with this. It costs 4 to 13 %
-    more resident memory; from the first step on it would be 20 to 40 % (GPT-2 124M, bf16, 8 x 1024 tokens).
+    is not matrix products went into page faults; a whole fp32 step took 12 % less CPU time with this. It costs 5 to 13 %
+    more resident memory; from the first step on it would be 27 to 42 % (GPT-2 124M, bf16, 8 x 1024 tokens).
     Source: mallopt(3), M_TRIM_THRESHOLD and M_MMAP_MAX.
     """
     if device.type == "cpu":
