@@ -214,7 +214,11 @@ def test_the_next_group_is_there_before_it_is_needed(server: Server, tmp_path: P
     next(batches)
     fetcher = data.sets[0].remote.fetcher  # type: ignore[union-attr]
     deadline = time.monotonic() + 5
-    while len(list((tmp_path / "cache").rglob("*.bin"))) < 4 and time.monotonic() < deadline:
+    while time.monotonic() < deadline:
+        # A file gets its name before its thread has noted that it is there, for which a read would wait a moment.
+        fetching = any(thread.name == "shard-fetcher" for thread in threading.enumerate())
+        if not fetching and len(list((tmp_path / "cache").rglob("*.bin"))) == 4:
+            break
         time.sleep(0.01)
     waited = fetcher.seconds_waited
     for _ in range(2 * 2 * PER_SHARD - 1):  # to the end of the second group
