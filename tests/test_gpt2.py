@@ -266,7 +266,7 @@ def test_gradients_are_the_plain_ones_under_ddp_with_no_sync(tmp_path: Path) -> 
         assert worst_difference(gradients(model), plain) < 1e-6
     finally:
         # gloo's threads need Python's lock to let go of the last reduction, and a group destroyed meanwhile waits for them
-        # with the lock in its hands: `Processes.settle`, which cannot see DDP's own reductions.
+        # with the lock in its hands. `Processes.settle` is of no help here: it does not see DDP's own reductions.
         time.sleep(0.5)
         torch.distributed.destroy_process_group()
 

@@ -293,15 +293,15 @@ def test_garbage_is_collected_in_step_and_never_in_between(tiny: TrainConfig, mo
 
 
 class AllocatorCounts(ctypes.Structure):
-    """What glibc's mallinfo2 returns; the fifth count, hblkhd, is the bytes of blocks that have mappings of their own."""
+    """What glibc's mallinfo2 returns: ten counts, of which hblkhd is the bytes of blocks that have mappings of their own."""
 
-    _fields_ = [(f"count_{place}", ctypes.c_size_t) for place in range(10)]
+    _fields_ = [("before", ctypes.c_size_t * 4), ("hblkhd", ctypes.c_size_t), ("after", ctypes.c_size_t * 5)]
 
 
 def mapped_bytes() -> int:
     mallinfo2 = ctypes.CDLL(None).mallinfo2
     mallinfo2.restype = AllocatorCounts
-    return int(mallinfo2().count_4)
+    return int(mallinfo2().hblkhd)
 
 
 def print_memory_of_steps(data: str, run: str) -> None:
@@ -330,7 +330,7 @@ def print_memory_of_steps(data: str, run: str) -> None:
 @pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallinfo2"), reason="a setting of glibc")
 def test_freed_memory_is_kept_from_the_second_step_on(data_dir: Path, tmp_path: Path) -> None:
     """In the first step large blocks have mappings of their own, so that what it leaves for good does not lie between."""
-    code = f"from tests.test_step_costs import *; print_memory_of_steps({str(data_dir)!r}, {str(tmp_path / 'run')!r})"
+    code = f"import tests.test_step_costs as t; t.print_memory_of_steps({str(data_dir)!r}, {str(tmp_path / 'run')!r})"
     done = command("-c", code)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])

@@ -24,7 +24,7 @@ _VERSIONS_OF = ("torch", "accelerate", "numpy", "safetensors", "tiktoken", "gpt2
 _FALSE = ("", "no", "false", "0")
 
 # Bytes from which a block of memory has, in a run's first step on a CPU, a mapping of its own.
-LARGE_BLOCK = 2**20
+_LARGE_BLOCK = 2**20
 
 # A device without memory, as libraries say it that do not go through torch's allocator: for torch plain RuntimeErrors.
 # Source: the status codes of cuBLAS and cuDNN; cudaErrorMemoryAllocation's text.
@@ -171,7 +171,7 @@ def configure_torch(device: torch.device, *, deterministic: bool) -> None:
     """Settings of torch, and of the allocator below it, that hold for the whole process; before the model is made."""
     if device.type == "cpu":
         # Fixed, since glibc would raise it to 32 MiB as blocks are freed; until `keep_freed_memory`.
-        _mallopt(-3, LARGE_BLOCK)  # M_MMAP_THRESHOLD
+        _mallopt(-3, _LARGE_BLOCK)  # M_MMAP_THRESHOLD
     if device.type == "cuda":
         # fp32 products on tensor cores, with 10 bits of mantissa: what "fp32" training means on Ampere and later.
         torch.backends.cuda.matmul.allow_tf32 = True
@@ -180,8 +180,8 @@ def configure_torch(device: torch.device, *, deterministic: bool) -> None:
     # where the backward pass's products need them, and so are 16-bit weights. A third less is kept from the forward pass
     # (GPT-2 124M, bf16, 8 x 1024 tokens: 1.7 GiB, not 2.7) for about 1 % of a step's time (2 AVX2 cores, fp32).
     partitioner.ban_recompute_materialized_backward = False
-    # So are sums of the residual stream, from what was added in 16 bits: again 0.2 GiB of 1.7 in no more time (bf16 on 2 AMX
-    # cores). Not measured on CUDA.
+    # So are sums of the residual stream, from what was added in 16 bits: again 0.2 GiB of 1.7, for at most 3 % of a step's
+    # time (bf16 on 2 AMX cores). Not measured on CUDA.
     partitioner.ban_recompute_used_far_apart = device.type != "cpu"
     # tanh from an exponential, in generated code for CPUs: GELU and its derivative in half to two thirds of the time.
     inductor.cpp.use_decompose_tanh = True
