@@ -304,9 +304,20 @@ def mapped_bytes() -> int:
     return int(mallinfo2().hblkhd)
 
 
+def huge_pages() -> str:
+    """To whom the kernel gives huge pages: "always" to all, "madvise" to those who ask, "never" to nobody."""
+    setting = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    return setting.read_text().split("[")[1].split("]")[0] if setting.exists() else "never"
+
+
+def huge_bytes() -> int:
+    rows = Path("/proc/self/smaps_rollup").read_text().splitlines()
+    return sum(int(row.split()[1]) * 1024 for row in rows if row.startswith("AnonHugePages:"))
+
+
 def print_memory_of_steps(data: str, run: str) -> None:
-    """Bytes that have mappings when each of three steps is about to go backward beyond those at the beginning, and the
-    pages that each step faulted in, as JSON."""
+    """As JSON: bytes that have mappings when each of three steps is about to go backward beyond those at the beginning, the
+    bytes that are then in huge pages, and the pages that each step faulted in."""
     config = change(
         DEMO,
         run={"dir": run},
@@ -315,30 +326,49 @@ def print_memory_of_steps(data: str, run: str) -> None:
         training={"tokens_per_step": 2048, "micro_batch_size": 64, "compile": "off"},
         wandb={"mode": "disabled"},
     )
-    mapped, faults = [], []
+    mapped, huge, faults = [], [], []
     with Trainer(config) as trainer:
         trainer.resume()
         before = mapped_bytes()
         trainer.raw_model.register_forward_hook(lambda *_: mapped.append(mapped_bytes() - before))
+        trainer.raw_model.register_forward_hook(lambda *_: huge.append(huge_bytes()))
         for _ in range(3):
             faulted = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
             trainer.train_step()
             faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - faulted)
-    print(json.dumps({"mapped": mapped, "faults": faults}))
+    print(json.dumps({"mapped": mapped, "huge": huge, "faults": faults}))
 
 
-@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallinfo2"), reason="a setting of glibc")
+ACTIVATIONS = 4 * (2048 * 1024) * 4  # bytes of GELU's inputs alone, in 4 layers
+
+
+def memory_of_steps(data: Path, run: Path, **variables: str) -> dict[str, list[int]]:
+    code = f"import tests.test_step_costs as t; t.print_memory_of_steps({str(data)!r}, {str(run)!r})"
+    done = command("-c", code, env=environment() | variables)
+    assert done.returncode == 0, done.stderr
+    found: dict[str, list[int]] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+glibc = pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallinfo2"), reason="a setting of glibc")
+
+
+@glibc
+@pytest.mark.skipif(huge_pages() == "never", reason="this kernel has no huge pages to give")
+def test_large_tensors_are_in_huge_pages(data_dir: Path, tmp_path: Path) -> None:
+    assert memory_of_steps(data_dir, tmp_path / "run")["huge"][0] > ACTIVATIONS
+
+
+@glibc
+@pytest.mark.skipif(huge_pages() == "always", reason="counts pages of 4 KiB")
 def test_freed_memory_is_kept_from_the_second_step_on(data_dir: Path, tmp_path: Path) -> None:
     """In the first step large blocks have mappings of their own, so that what it leaves for good does not lie between."""
-    code = f"import tests.test_step_costs as t; t.print_memory_of_steps({str(data_dir)!r}, {str(tmp_path / 'run')!r})"
-    done = command("-c", code)
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout.splitlines()[-1])
-    activations = 4 * (2048 * 1024) * 4  # bytes of GELU's inputs alone, in 4 layers
-    assert found["mapped"][0] > 2 * activations
+    found = memory_of_steps(data_dir, tmp_path / "run", THP_MEM_ALLOC_ENABLE="0")
+    assert found["huge"] == [0, 0, 0]  # one's own setting holds
+    assert found["mapped"][0] > 2 * ACTIVATIONS
     # What stays mapped are the libraries' own buffers of the first step.
-    assert found["mapped"][1] == found["mapped"][2] < activations
-    assert found["faults"][0] > 2 * activations / 4096
+    assert found["mapped"][1] == found["mapped"][2] < ACTIVATIONS
+    assert found["faults"][0] > 2 * ACTIVATIONS / 4096
     assert found["faults"][2] < found["faults"][0] / 16
 
 

@@ -96,7 +96,7 @@ SPEED_TARGETS = (
 )
 # (smaller, larger, at most): peak memory of the one over the other's, at 124M, micro-batch 8 and T = 1024.
 MEMORY_TARGETS = (("toolkit", "transformers", 0.55), ("toolkit-compiled", "transformers-compiled", 0.55))
-WARMUP_STEPS = 2
+WARMUP_STEPS = 4  # after two of them, memory that a step freed is still being found anew
 Measurement = Callable[[argparse.Namespace, str], dict[str, float]]  # of a contender
 SIZES = {
     "small": {"n_layer": 2, "n_head": 4, "n_embd": 256},
