@@ -68,6 +68,13 @@ def test_precision_follows_recipe_launcher_and_device(monkeypatch: pytest.Monkey
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "Some GPU")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (8, 6))
     assert resolve_precision("auto") == "bf16"
+    assert resolve_precision("fp16") == "fp16"
+    # Beside it, a launcher that was told to use the CPU.
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "True")
+    assert resolve_precision("auto") == "fp32"
+    with pytest.raises(UserError, match="fp16 needs a GradScaler"):
+        resolve_precision("fp16")
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "False")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (7, 5))
     assert resolve_precision("auto") == "fp16"
     with pytest.raises(UserError, match="Some GPU does not compute bf16 natively"):
@@ -148,6 +155,18 @@ def test_compilation_needs_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not compiles
     assert line is not None
     assert "not compiling: no C++ compiler found" in line
+
+
+def test_compilation_needs_pythons_headers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(surroundings.sysconfig, "get_path", lambda name: str(tmp_path))
+    monkeypatch.setattr(surroundings.sysconfig, "get_config_var", lambda name: str(tmp_path))
+    with pytest.raises(UserError, match=r"--training.compile on cannot work here: Python's headers are not installed"):
+        should_compile("on", CPU)
+    compiles, line = should_compile("auto", torch.device("cuda"))
+    assert (compiles, line) == (
+        False,
+        "not compiling: Python's headers are not installed (python3-dev or python3-devel of the system's packages)",
+    )
 
 
 def test_a_spike_lies_far_above_the_median_and_leaves_the_history_alone() -> None:

@@ -151,8 +151,13 @@ class Collectives(TorchDispatchMode):
 out, *arguments = sys.argv[1:]
 with Trainer(parse(CONFIG, arguments)) as trainer:
     trainer.resume()
+    during = []  # storages of the gradients before each micro-batch of the first steps
+    watching = trainer.raw_model.register_forward_pre_hook(
+        lambda *_: during.append(len({p.grad.untyped_storage().data_ptr() for p in trainer.parameters}))
+    )
     for _ in range(2):  # DDP lays out its buckets anew after the first
         trainer.train_step()
+    watching.remove()
     facts = {"accumulation": trainer.grad_accum_steps, "processes": trainer.processes.count}
     facts["gradient_as_bucket_view"] = trainer.model.gradient_as_bucket_view
     facts["static_graph"] = trainer.model.static_graph
@@ -165,7 +170,7 @@ with Trainer(parse(CONFIG, arguments)) as trainer:
             lambda *_: setattr(collectives, "micro_step", collectives.micro_step + 1)
         )
         trainer.train_step()
-    facts |= {"collectives": collectives.seen, "gradient_storages": len(storages)}
+    facts |= {"collectives": collectives.seen, "gradient_storages": len(storages), "during": during}
     if trainer.is_main:
         Path(out).write_text(json.dumps(facts))
 """
@@ -191,6 +196,7 @@ def test_gradients_are_reduced_in_the_last_micro_batch_alone_and_the_step_once(
     # Gradients are views into the buckets: they exist once. A static graph would fail under no_sync.
     assert facts["gradient_as_bucket_view"] is True
     assert facts["gradient_storages"] == 1
+    assert facts["during"] == [1] * 8
     assert facts["static_graph"] is False
 
 

@@ -376,6 +376,8 @@ def test_out_of_memory_halves_the_micro_batch_and_repeats_the_step(
     "message",
     [
         "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+        "Triton Error [CUDA]: out of memory",
+        "backend='inductor' raised:\nOutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB.",
         "cuDNN error: CUDNN_STATUS_ALLOC_FAILED",
         "CUDA error: out of memory",
     ],
@@ -393,19 +395,22 @@ def test_libraries_without_memory_halve_the_micro_batch_too(
 def test_what_is_tried_before_the_first_step_meets_the_memory_of_a_step(
     tiny: TrainConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Weights, gradients and moments: a trial without the moments would pass where the first step cannot."""
+    """Weights, gradients and moments: a trial without them would pass where the second micro-batch cannot."""
     held: list[int] = []
 
     class Counting(GPT2):
         def forward(self, input_ids: Tensor, targets: Tensor) -> Tensor:
             held.append(sum(t.nbytes for state in trainer.raw_optimizer.state.values() for t in state.values()))
+            held.append(sum(p.grad.nbytes for p in trainer.parameters if p.grad is not None))
             return super().forward(input_ids, targets)
 
     monkeypatch.setenv("TOOLKIT_FAILPOINTS", "trainer.trial=sleep:0")
     with Trainer(tiny, model=Counting(tiny.model, seed=1)) as trainer:
         trainer.resume()
         weights = sum(parameter.nbytes for parameter in trainer.parameters)
-    assert held == [pytest.approx(2 * weights, rel=0.05)]
+        assert trainer.grad_accum_steps > 1
+        assert all(parameter.grad is None for parameter in trainer.parameters)  # nothing is left of it
+    assert held == [pytest.approx(2 * weights, rel=0.05), weights]
 
 
 @pytest.mark.parametrize("what", ["the weights", "the optimizer's moments"])
@@ -483,6 +488,30 @@ def test_a_spike_is_rewound_and_its_samples_are_skipped(
     assert [row["first_sample"] for row in ledger if "first_sample" in row] == [0, 8, 16, 24, 48, 56, 64, 72]
 
 
+def test_a_spike_in_the_last_step_with_nothing_to_rewind_to_is_followed_by_all_that_a_last_step_is(
+    tiny: TrainConfig, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    from toolkit.training import spikes
+
+    monkeypatch.setattr(spikes, "HISTORY_STEPS", 4)
+
+    class SpikesAtTheEnd(GPT2):
+        calls = 0
+
+        def forward(self, input_ids: Tensor, targets: Tensor) -> Tensor:
+            type(self).calls += 1
+            loss = super().forward(input_ids, targets)
+            return loss * 50 if 28 < self.calls <= 32 else loss  # step 8 of 8
+
+    config = change(tiny, training={"on_spike": "rewind", "checkpoint_every": None, "eval_every": None})
+    run_with(SpikesAtTheEnd, config)
+    assert "no checkpoint to rewind to yet: training goes on" in capfd.readouterr().err
+    run = Path(config.run.dir)
+    assert [folder.name for folder in (run / "checkpoints").iterdir()] == ["step-00000008"]
+    assert [row["step"] for row in rows(run) if "loss/val" in row] == [8]
+    assert json.loads((run / "status.json").read_text())["saved_step"] == 8
+
+
 def test_a_crash_after_a_rewind_rewinds_again(tiny: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     from toolkit.training import spikes
 
@@ -502,7 +531,7 @@ def test_a_crash_after_a_rewind_rewinds_again(tiny: TrainConfig, monkeypatch: py
     config = change(tiny, training={"on_spike": "rewind", "checkpoint_every": 2, "eval_every": None})
     rewind = Trainer.rewind
 
-    def rewind_and_end(trainer: Trainer) -> None:
+    def rewind_and_end(trainer: Trainer) -> bool:
         rewind(trainer)
         raise Cut
 

@@ -187,13 +187,14 @@ def their_model(config: GPT2Config) -> Any:
 def bare_step(arguments: argparse.Namespace, contender: str) -> Callable[[], Any]:
     """A step of a bare PyTorch loop: forward, backward, clipping, fused AdamW."""
     config, device = model_config(arguments), torch.device(arguments.device)
+    own = contender.startswith("toolkit-bare")
+    if own:
+        configure_torch(device, deterministic=False)  # before the first tensor
     batch = arguments.tokens // arguments.sequence_length
     ids = torch.randint(0, config.vocab_size, (batch, arguments.sequence_length + 1), device=device)
     inputs, targets = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
-    own = contender.startswith("toolkit-bare")
     model: Any
     if own:
-        configure_torch(device, deterministic=False)
         model = GPT2(config, seed=1).to(device)
         optimizer = build_optimizer(model, TrainConfig().optimizer, device_type=device.type)
     else:

@@ -8,6 +8,7 @@ hash); `lock` keeps a second `prepare` out. Nothing of it belongs to the data se
 import contextlib
 import errno
 import json
+import logging
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
@@ -23,6 +24,8 @@ from toolkit.failpoint import failpoint
 STATE_FOLDER = ".prepare"
 JOURNAL_FILE = "journal.json"
 FILES_FILE = "files.json"
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -121,10 +124,16 @@ def locked(out: Path) -> Iterator[None]:
             return
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             raise UserError(
                 f"another `toolkit prepare` is at work in {out}; wait for it or use another --out"
             ) from None
+        except OSError as error:
+            logger.warning(
+                "%s cannot be locked (%s): make sure yourself that no second `toolkit prepare` uses it",
+                out,
+                error.strerror,
+            )
         yield
 
 

@@ -314,7 +314,7 @@ class ShardCache:
     def _remove(self, path: Path) -> bool:
         """Removes a file unless some process holds it; call with the cache locked."""
         try:
-            with path.open("rb") as file:
+            with path.open("r+b") as file:  # NFS gives an exclusive lock only to those who may write
                 if not self._try_lock(file):
                     return False
                 path.unlink()

@@ -7,7 +7,9 @@ import platform
 import resource
 import shutil
 import sys
+import sysconfig
 from importlib import metadata
+from pathlib import Path
 from typing import Literal
 
 import psutil
@@ -22,13 +24,18 @@ from toolkit.model.product import cpu_has_bf16
 
 _VERSIONS_OF = ("torch", "accelerate", "numpy", "safetensors", "tiktoken", "gpt2-toolkit")
 _FALSE = ("", "no", "false", "0")
+_TRUE = ("y", "yes", "t", "true", "on", "1")  # as Accelerate reads its variables
 
 # Bytes from which a block of memory has, in a run's first step on a CPU, a mapping of its own.
 _LARGE_BLOCK = 2**20
 
-# A device without memory, as libraries say it that do not go through torch's allocator: for torch plain RuntimeErrors.
-# Source: the status codes of cuBLAS and cuDNN; cudaErrorMemoryAllocation's text.
-_SIGNS_OF_NO_MEMORY = ("CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED", "CUDA error: out of memory")
+# A device without memory, as libraries say it that do not go through torch's allocator: for torch plain RuntimeErrors. The
+# last is torch's own sentence, within an error of torch.compile.
+# Source: the status codes of cuBLAS and cuDNN; cudaErrorMemoryAllocation's text; Triton's driver.c.
+_SIGNS_OF_NO_MEMORY = (
+    *("CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED", "CUDA error: out of memory"),
+    *("Triton Error [CUDA]: out of memory", "CUDA out of memory"),
+)
 
 
 def refuse_environment() -> None:
@@ -57,6 +64,11 @@ def refuse_environment() -> None:
         raise UserError(f"ACCELERATE_DYNAMO_BACKEND={dynamo} is ignored here; use --training.compile on instead")
 
 
+def cpu_is_asked_for() -> bool:
+    """True if the launcher, or a variable, has Accelerate train on the CPU whatever other device there is."""
+    return os.environ.get("ACCELERATE_USE_CPU", "").lower() in _TRUE
+
+
 def resolve_precision(asked: Literal["auto", "fp32", "bf16", "fp16"]) -> Precision:
     """The precision of the products: from the recipe, else from the launcher, else what the device does best.
 
@@ -72,7 +84,7 @@ def resolve_precision(asked: Literal["auto", "fp32", "bf16", "fp16"]) -> Precisi
         raise UserError(
             f"--training.precision {asked} contradicts --mixed_precision {launched} of accelerate launch; give one, or both the same"
         )
-    cuda = torch.cuda.is_available()
+    cuda = torch.cuda.is_available() and not cpu_is_asked_for()
     if asked != "auto":
         precision: Precision = asked
     elif launched is not None:
@@ -143,13 +155,20 @@ def library_versions() -> dict[str, str]:
 
 
 def compile_problem(device: torch.device) -> str | None:
-    """Why `torch.compile` cannot work here, or None: its code generators need a C++ compiler, on CUDA also Triton."""
+    """Why `torch.compile` cannot work here, or None: it needs a C++ compiler and Python's headers, on CUDA also Triton."""
     compilers = [os.environ.get("CXX", ""), "g++", "clang++", "cl"]
     if not any(name and shutil.which(name) for name in compilers):
         return "no C++ compiler found (looked for $CXX, g++, clang++, cl)"
+    if not any((Path(folder) / "Python.h").exists() for folder in _header_folders()):
+        return "Python's headers are not installed (python3-dev or python3-devel of the system's packages)"
     if device.type == "cuda" and importlib.util.find_spec("triton") is None:
         return "Triton is not installed"
     return None
+
+
+def _header_folders() -> list[str]:
+    """Where Python.h may lie: the second folder is that of a framework on macOS."""
+    return [sysconfig.get_path("include"), f"{sysconfig.get_config_var('prefix')}/Headers"]
 
 
 def should_compile(asked: Literal["auto", "on", "off"], device: torch.device) -> tuple[bool, str | None]:

@@ -18,7 +18,7 @@ from toolkit.errors import UserError
 from toolkit.model.gpt2 import canonical_shapes, flops_per_token, num_parameters, padded_vocab_size
 from toolkit.model.loss import GPU_TILE_ELEMENTS, PRODUCT_PARTS
 from toolkit.model.product import multiply, operand
-from toolkit.training.environment import device_memory_bytes, device_name, resolve_precision
+from toolkit.training.environment import cpu_is_asked_for, device_memory_bytes, device_name, resolve_precision
 from toolkit.training.hardware import DEVICES, find_device, peak_flops
 from toolkit.training.muon import BLOCK_PREFIX
 
@@ -375,7 +375,7 @@ def _describe(
         return "a device as described", int(memory_gib * GIB), tflops, precision
     if device == "this":
         precision = resolve_precision(asked)
-        own = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        own = torch.device("cuda" if torch.cuda.is_available() and not cpu_is_asked_for() else "cpu")
         memory_bytes = device_memory_bytes(own) if memory_gib is None else int(memory_gib * GIB)
         if own.type == "cpu" and memory_gib is None:
             memory_bytes //= num_processes  # they share one machine's memory

@@ -38,6 +38,7 @@ from toolkit.model.huggingface import config_json, load_weights
 from toolkit.training import checkpoint
 from toolkit.training.environment import (
     configure_torch,
+    cpu_is_asked_for,
     device_memory_bytes,
     device_name,
     idle_cores,
@@ -180,8 +181,7 @@ class Trainer:
             while self.step < self.config.training.max_steps and not stop:
                 result = self.train_step()
                 self.log(result)
-                if self.spiked(result) and self.config.training.on_spike == "rewind":
-                    self.rewind()
+                if self.spiked(result) and self.config.training.on_spike == "rewind" and self.rewind():
                     continue
                 stop = result.stop
                 if self.due(self.config.training.eval_every) and not stop:
@@ -212,7 +212,7 @@ class Trainer:
             nn.utils.clip_grads_with_norm_(self.parameters, max_grad_norm, grad_norm)
         if facts.finite or self.accelerator.scaler is not None:  # a GradScaler skips by itself and lowers its scale
             self.optimizer.step()
-        self.optimizer.zero_grad()
+        self._forget_gradients()
         first = self.position
         self.step += 1
         self.position += self.samples_per_step
@@ -242,7 +242,7 @@ class Trainer:
             except RuntimeError as error:
                 if not is_out_of_memory(error):
                     raise
-                self.optimizer.zero_grad()
+                self._forget_gradients()
                 if self.processes.count > 1:
                     message = (
                         f"process {self.processes.index} ran out of memory in step {self.step + 1}; the last checkpoint is "
@@ -470,8 +470,11 @@ class Trainer:
         self._keep_what_exists()
         self._started = time.monotonic()
 
-    def rewind(self) -> None:
-        """Goes back to the last checkpoint and goes on with the samples after those read since: they are skipped."""
+    def rewind(self) -> bool:
+        """Goes back to the last checkpoint and goes on with the samples after those read since: they are skipped.
+
+        False, and said aloud, if there is none to go back to.
+        """
         with self.processes.together():
             path = ""
             if self.records is not None:
@@ -479,7 +482,7 @@ class Trainer:
         path = self.processes.share(path)
         if not path:
             self._say("no checkpoint to rewind to yet: training goes on")
-            return
+            return False
         spiked_step, end = self.step, self.position
         self._load(Path(path))
         skipped = [self.position, end]
@@ -495,6 +498,7 @@ class Trainer:
         self._say(
             f"rewound from step {spiked_step} to step {self.step}; samples {skipped[0]} to {skipped[1] - 1} are skipped"
         )
+        return True
 
     def finish(self, *, stopped: bool = False) -> None:
         """Waits for the last checkpoint, writes the run's status and says how it ended."""
@@ -686,8 +690,13 @@ class Trainer:
         with self.processes.together(), self._naming_missing_memory("the weights"):
             self.raw_model: GPT2 = model.to(self.device)  # type: ignore[assignment]  # or one's own with the same verbs
         self.raw_optimizer = optimizer or build_optimizer(model, config.optimizer, device_type=self.device.type)
-        self.model, self.optimizer = self.accelerator.prepare(self.raw_model, self.raw_optimizer)
         self.parameters = [parameter for parameter in self.raw_model.parameters() if parameter.requires_grad]
+        if self.processes.count > 1:
+            # DDP makes gradients that exist by now parts of its buffers, and otherwise only at the end of a first step
+            # whose micro-batches have gradients of their own beside them.
+            with self.processes.together(), self._naming_missing_memory("the gradients"):
+                _allocate_gradients(self.parameters)
+        self.model, self.optimizer = self.accelerator.prepare(self.raw_model, self.raw_optimizer)
         if self.compiled:
             # In place, so that names stay plain, and last, so that the autocast of `prepare` is compiled with it.
             self.raw_model.compile()
@@ -797,6 +806,8 @@ class Trainer:
             self.micro_batch_size, self.config.data.sequence_length, dtype=torch.int64, device=self.device
         )
         try:
+            if self.grad_accum_steps > 1:  # from the second micro-batch on, gradients exist beside all activations
+                _allocate_gradients(self.parameters)
             with self.accelerator.no_sync(self.model):
                 failpoint("trainer.trial")
                 # Two tensors, as in training: for one given twice, torch.compile would make a program of its own.
@@ -806,8 +817,12 @@ class Trainer:
                 raise
             return False
         finally:
-            self.optimizer.zero_grad()
+            self._forget_gradients()
         return True
+
+    def _forget_gradients(self) -> None:
+        """Frees the gradients; beside other processes sets them to zero, since they are parts of DDP's buffers."""
+        self.optimizer.zero_grad(set_to_none=self.processes.count == 1)
 
     def _halve_micro_batch(self) -> None:
         smaller = [size for size in range(1, self.micro_batch_size // 2 + 1) if self._divides(size)]
@@ -923,6 +938,13 @@ class _Facts:
     digest: int
 
 
+def _allocate_gradients(parameters: list[nn.Parameter]) -> None:
+    """Gives every parameter that has none a gradient of zeros."""
+    for parameter in parameters:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+
+
 def mixed_seed(seed: int, step: int, index: int) -> int:
     """A 63-bit seed in which neighbouring steps and micro-batches have nothing in common.
 
@@ -952,11 +974,11 @@ def _accelerator(precision: Precision, *, watchdog_minutes: float) -> Accelerato
     """Accelerate, told everything explicitly, and checked to have listened.
 
     Why `cpu=`: without it two launched CPU processes each believe that they are alone. Why the buckets: gradients are
-    views into DDP's communication buffers, so that they exist once. No static graph: it fails under `no_sync`.
+    views into DDP's communication buffers, so that they exist once (see `_build`). No static graph: it fails under `no_sync`.
     """
     mixed_precision = "no" if precision == "fp32" else precision
     accelerator = Accelerator(
-        cpu=not torch.accelerator.is_available(),
+        cpu=cpu_is_asked_for() or not torch.accelerator.is_available(),
         mixed_precision=mixed_precision,
         gradient_accumulation_steps=1,
         dataloader_config=DataLoaderConfiguration(even_batches=False, non_blocking=True),
