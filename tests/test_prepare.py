@@ -1,6 +1,8 @@
 """prepare: the tokens of plain tiktoken in the order of the documents, the same bytes always, whatever happens on the way."""
 
 import contextlib
+import errno
+import fcntl
 import json
 import os
 import random
@@ -467,6 +469,18 @@ def test_two_at_a_time_are_refused(corpus: Path, tmp_path: Path) -> None:
     journal.make_folder(tmp_path / "out")
     with journal.locked(tmp_path / "out"), pytest.raises(UserError, match="another `toolkit prepare` is at work"):
         prepare(corpus, tmp_path / "out")
+
+
+def test_a_folder_that_cannot_be_locked_is_said_and_used(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    prepare(corpus, tmp_path / "out")
+    assert "out cannot be locked (Function not implemented): make sure yourself" in caplog.text
+    assert (tmp_path / "out" / "manifest.json").exists()
 
 
 # --- again, and with something changed -------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """Sets far away: the same samples as a local set, whatever the link does, within a bounded cache that processes share."""
 
+import errno
 import fcntl
 import http.server
 import json
@@ -159,6 +160,24 @@ def test_the_cache_stays_within_its_limit_and_drops_what_was_used(server: Server
     while {path.name for path in cache.rglob("*.bin")} != expected and time.monotonic() < deadline:
         time.sleep(0.01)
     assert {path.name for path in cache.rglob("*.bin")} == expected
+
+
+def test_the_cache_may_lie_on_nfs(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where an exclusive lock wants a file that may be written, and a shared one a file that may be read (flock(2))."""
+    flock = fcntl.flock
+
+    def as_nfs_does(file: Any, operation: int) -> None:
+        mode = fcntl.fcntl(file, fcntl.F_GETFL) & os.O_ACCMODE
+        refused = os.O_RDONLY if operation & fcntl.LOCK_EX else os.O_WRONLY
+        if mode == refused and not operation & fcntl.LOCK_UN:
+            raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+        flock(file, operation)
+
+    monkeypatch.setattr(fcntl, "flock", as_nfs_does)
+    data = open_data(server.url, cache_dir=str(tmp_path / "cache"), cache_gib=ROOM_GIB)
+    loader = training_loader(data, position=0, micro_batch_size=4, **SETTINGS)
+    read = [batch["digest"].shape for batch, _ in zip(loader, range(SHARDS * PER_SHARD // 4), strict=False)]
+    assert len(read) == SHARDS * PER_SHARD // 4
 
 
 def test_runs_that_share_a_cache_take_no_shard_that_another_needs_now(
