@@ -54,6 +54,8 @@ def test_generate_continues_the_prompt_and_repeats_with_a_seed(run: Path, capsys
     )
     assert several.count("--- sample") == 2
     assert "temperature=-1.0 must be at least 0" in refusal(capsys, "generate", str(run), "a", "--temperature", "-1")
+    assert "seed=-1 must be at least 0" in refusal(capsys, "generate", str(run), "a", "--seed", "-1")
+    assert "--device meta is not usable here" in refusal(capsys, "generate", str(run), "a", "--device", "meta")
 
 
 def test_evaluate_prints_the_run_s_own_validation_loss(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -63,6 +65,12 @@ def test_evaluate_prints_the_run_s_own_validation_loss(run: Path, capsys: pytest
     assert f"{last['loss/val']:.5f}" in printed
     assert f"{last['bits_per_byte/val']:.5f}" in printed
     assert "perplexity" in printed
+
+
+@pytest.mark.parametrize("flag", ["--micro-batch-size", "--max-tokens", "--sequence-length"])
+def test_evaluate_refuses_numbers_below_one(run: Path, capsys: pytest.CaptureFixture[str], flag: str) -> None:
+    for value in ("0", "-5"):
+        assert refusal(capsys, "evaluate", str(run), flag, value) == f"error: {flag} {value} must be at least 1"
 
 
 def test_export_is_what_transformers_pipelines_run(
@@ -148,6 +156,19 @@ def test_plan_takes_a_recipe_a_device_and_flags(capsys: pytest.CaptureFixture[st
     assert larger["num_parameters"] == 354_823_168
     assert "rtx3060" in refusal(capsys, "plan", recipe, "--device", "abacus")
     assert "neither a recipe file nor a run folder" in refusal(capsys, "plan", "missing.py")
+
+
+def test_a_recipe_that_does_not_run_is_told_in_one_line(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    recipe = tmp_path / "mine.py"
+    for text, said in (
+        ("import nothere", r"ModuleNotFoundError: No module named 'nothere'"),
+        ("x = (", "SyntaxError: '(' was never closed"),
+        ("raise SystemExit(0)", "SystemExit: 0); its CONFIG has to stand outside of"),
+        ("from toolkit.config import GPT2Config; GPT2Config(n_layer=0)", "error: model.n_layer=0 must be above 0"),
+    ):
+        recipe.write_text(text)
+        assert said in refusal(capsys, "plan", str(recipe))
+    assert "is not a run folder (it has no recipe.json)" in refusal(capsys, "plan", str(tmp_path))
 
 
 def test_verify_resume_proves_it_for_a_recipe(tiny: TrainConfig, capsys: pytest.CaptureFixture[str]) -> None:

@@ -16,9 +16,11 @@ from toolkit.config import (
     CheckpointConfig,
     GPT2Config,
     OptimizerConfig,
+    RunConfig,
     ScheduleConfig,
     TrainConfig,
     TrainingConfig,
+    WandbConfig,
     differences,
     from_dict,
     gpt2_config,
@@ -96,6 +98,9 @@ def test_differences_name_the_field_and_both_values() -> None:
         (lambda: OptimizerConfig(beta2=1.0), r"beta2=1\.0 must be"),
         (lambda: ScheduleConfig(stable_steps=5), r"stable_steps=5 has no effect with schedule\.name=cosine; use wsd or 0"),
         (lambda: CheckpointConfig(keep_last=1), "keep_last=1 must be at least 2"),
+        (lambda: RunConfig(dir="", resume_from=""), r"run\.dir is empty; name a folder; run\.resume_from is empty"),
+        (lambda: WandbConfig(tags=("", "x")), r"wandb\.tags holds ''; a tag has 1 to 64 characters"),
+        (lambda: WandbConfig(project="a/b"), r"wandb\.project='a/b' is no project's name; use 1 to 128 characters"),
         (lambda: change(TrainConfig(), data={"sequence_length": 2048}), "sequence_length=2048 is longer than model.context_length=1024"),
         (lambda: change(TrainConfig(), training={"tokens_per_step": 500_000}), "use 499712 or 500736"),
     ],
@@ -122,6 +127,9 @@ def test_accumulation_follows_and_what_does_not_divide_is_refused_with_the_neare
     )
     with pytest.raises(UserError, match="use tokens_per_step 522240 or 525312"):
         grad_accum_steps(config, micro_batch_size=1, num_processes=3)
+    huge = change(config, training={"tokens_per_step": 3 * 1024 * 10**9})  # answered without trying every number
+    with pytest.raises(UserError, match=r"or micro_batch_size 6 or 8$"):
+        grad_accum_steps(huge, micro_batch_size=7, num_processes=1)
 
 
 def test_published_sizes_have_the_published_numbers_of_parameters() -> None:

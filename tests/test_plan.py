@@ -101,6 +101,29 @@ def test_saved_bytes_are_those_that_autograd_really_saves(model, checkpointing, 
     assert predicted == pytest.approx(bytes_saved_by_autograd(config, precision), rel=0.002 if units else 0.008)
 
 
+@pytest.mark.parametrize(
+    ("precision", "units"), [("fp32", True), ("bf16", True), ("bf16", False)], ids=["fp32", "bf16", "bf16-no-units"]
+)
+@pytest.mark.parametrize("checkpointing", ["none", "block"])
+@pytest.mark.parametrize("model", [SMALL, MIDDLE, LARGE], ids=["small", "middle", "large"])
+def test_saved_bytes_with_dropout_are_those_of_a_cpu(model, checkpointing, precision, units, monkeypatch):
+    """It has no fused attention with dropout, and so keeps every probability."""
+    monkeypatch.setattr(product, "cpu_has_bf16", lambda: units)
+    config = recipe(model, sequence_length=40, activation_checkpointing=checkpointing, loss_chunk_tokens=50, batch=3)
+    config = change(config, model={"dropout": 0.1})
+    predicted = saved_activation_bytes(config, precision, micro_batch_size=3, on_cpu=True)
+    assert predicted == pytest.approx(bytes_saved_by_autograd(config, precision), rel=0.002 if units else 0.008)
+
+
+def test_a_step_of_any_size_is_planned_at_once():
+    config = change(RECIPE, training={"tokens_per_step": 1024 * 10**12})
+    size = largest_micro_batch(config, "bf16", memory_bytes=12 * GIB)
+    assert 10**12 % size == 0
+    assert memory_estimate(config, "bf16", micro_batch_size=size).peak <= usable_bytes(12 * GIB)
+    assert size == 20  # the next divisor, 25, does not fit
+    assert memory_estimate(config, "bf16", micro_batch_size=25).peak > usable_bytes(12 * GIB)
+
+
 class AllocatedBytes(TorchDispatchMode):
     """The most bytes that are alive at one time in the tensors that operations return."""
 
@@ -249,6 +272,8 @@ def test_checkpointing_and_chunking_make_room():
         ),
         (RECIPE, {"device": "rtx3060", "memory_gib": 0.0}, r"memory_gib=0\.0 must be above 0"),
         (RECIPE, {"tflops": math.nan}, r"tflops=nan must be above 0"),
+        (RECIPE, {"memory_gib": 1e300, "tflops": 1.0}, r"memory_gib=1e\+300 is that of no device"),
+        (RECIPE, {"device": "rtx3060", "tflops": 1e-320}, r"tflops=1e-320 is that of no device"),
         (
             TrainConfig(training=TrainingConfig(precision="bf16")),
             {"device": "2080-ti"},

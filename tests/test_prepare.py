@@ -465,6 +465,11 @@ def test_folders_that_cannot_be_written(corpus: Path, tmp_path: Path) -> None:
         prepare(corpus, tmp_path / "llmc")
 
 
+def test_more_workers_than_cores_can_feed_are_refused(corpus: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"workers=100000 is more than \d+, 16 for each core"):
+        prepare(corpus, tmp_path / "out", workers=100_000)
+
+
 def test_two_at_a_time_are_refused(corpus: Path, tmp_path: Path) -> None:
     journal.make_folder(tmp_path / "out")
     with journal.locked(tmp_path / "out"), pytest.raises(UserError, match="another `toolkit prepare` is at work"):

@@ -175,6 +175,8 @@ def has_ended(pid: int) -> bool:
         ),
         ("online", {"WANDB_MODE": "disabled", "WANDB_API_KEY": KEY}, "online", "online wins over WANDB_MODE=disabled"),
         ("online", {}, "offline", "online was asked for but there is no API key"),
+        ("offline", {"WANDB_DISABLED": "true"}, "offline", "--wandb.mode offline wins over WANDB_DISABLED=true"),
+        ("disabled", {"WANDB_DISABLED": "true"}, "disabled", None),
     ],
 )
 def test_the_mode(mode: str, environ: dict[str, str], expected_mode: str, said: str | None) -> None:
@@ -548,8 +550,13 @@ def test_wandb_sync_says_what_is_wrong_in_one_line(
 
     assert "is not a run folder (it has no run.json)" in message()
     finished_run(folder, 0)
-    assert "has no rows yet" in message()
+    assert "has no rows" in message()
+    RunLog(folder).append("samples", samples(3)[0])
+    assert "metrics.jsonl has no rows" in message()
     finished_run(folder, 3)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"cannot write to --offline-to .*file: .*name a folder"):
+        list(wandb_sync(folder, offline_to=tmp_path / "file"))
     assert "W&B has no API key here; `wandb login` once" in message()
     monkeypatch.setenv("WANDB_API_KEY", KEY)
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")

@@ -211,6 +211,11 @@ def evaluate(
     from toolkit.evaluation.loss import evaluate as evaluate_model
     from toolkit.model.huggingface import load_model
 
+    given = {"sequence-length": sequence_length, "max-tokens": max_tokens, "micro-batch-size": micro_batch_size}
+    if wrong := [
+        f"--{name} {value} must be at least 1" for name, value in given.items() if value is not None and value < 1
+    ]:
+        raise UserError("; ".join(wrong))
     folder = _model_folder(run)
     recipe = _recipe_of(folder)
     if data is None and recipe is None:
@@ -343,13 +348,26 @@ def _recipe(source: Path | None, flags: Sequence[str]) -> TrainConfig:
     elif source.is_dir():
         default = load_recipe(source / "recipe.json")
     elif source.suffix == ".py" and source.exists():
-        found = runpy.run_path(str(source), run_name="recipe").get("CONFIG")  # not __main__: nothing is trained
+        found = _run_recipe(source).get("CONFIG")
         if not isinstance(found, TrainConfig):
             raise UserError(f"{source} defines no CONFIG = TrainConfig(...); give one of recipes/*.py")
         default = found
     else:
         raise UserError(f"{source} is neither a recipe file nor a run folder; give one of recipes/*.py or a --run.dir")
     return parse(default, flags)
+
+
+def _run_recipe(source: Path) -> dict[str, Any]:
+    """What a recipe file defines; it is not __main__, so nothing is trained."""
+    try:
+        return runpy.run_path(str(source), run_name="recipe")
+    except UserError:
+        raise
+    except (Exception, SystemExit) as error:
+        raise UserError(
+            f"{source} cannot be read as a recipe ({type(error).__name__}: {error}); its CONFIG has to stand outside of "
+            '`if __name__ == "__main__":`, and what trains inside'
+        ) from None
 
 
 def _split_flags(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -453,7 +471,7 @@ def _device(name: str) -> str:
 
     if name != "auto":
         try:
-            torch.empty(1, device=name)
+            torch.ones(1, device=name).item()  # "meta" has no numbers
         except (RuntimeError, AssertionError) as error:
             raise UserError(
                 f"--device {name} is not usable here ({str(error).splitlines()[0]}); use auto or cpu"

@@ -55,6 +55,9 @@ class RunConfig:
     dir: str = "runs/gpt2"  # folder of this run; starting again with the same folder resumes it [path]
     resume_from: str | None = None  # checkpoint folder of another run from which a new run starts [path]; None: no other
 
+    def __post_init__(self) -> None:
+        _raise_all([f"run.{name} is empty; name a folder" for name in ("dir", "resume_from") if getattr(self, name) == ""])
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GPT2Config:
@@ -260,6 +263,12 @@ class WandbConfig:
     name: str | None = None  # name shown in W&B; None: the run folder's name
     tags: tuple[str, ...] = ()  # W&B tags
 
+    def __post_init__(self) -> None:
+        problems = [f"wandb.tags holds {tag!r}; a tag has 1 to 64 characters" for tag in self.tags if not 1 <= len(tag) <= 64]
+        if not 1 <= len(self.project) <= 128 or set(self.project) & set("/\\#?%:"):
+            problems.append(f"wandb.project={self.project!r} is no project's name; use 1 to 128 characters, none of / \\ # ? % :")
+        _raise_all(problems)
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainConfig:
@@ -328,6 +337,12 @@ def nearest_multiples(value: int, unit: int) -> str:
     return f"{below} or {above}" if below else str(above)
 
 
+def divisors(number: int) -> list[int]:
+    """The whole numbers that divide `number`, in order."""
+    small = [divisor for divisor in range(1, math.isqrt(number) + 1) if number % divisor == 0]
+    return small + [number // divisor for divisor in reversed(small) if divisor * divisor != number]
+
+
 def grad_accum_steps(config: TrainConfig, *, micro_batch_size: int, num_processes: int) -> int:
     """Forward-backward passes that each process makes in one step.
 
@@ -337,7 +352,7 @@ def grad_accum_steps(config: TrainConfig, *, micro_batch_size: int, num_processe
     unit = micro_batch_size * length * num_processes
     if tokens % unit:
         windows = tokens // length
-        fitting = [size for size in range(1, windows + 1) if windows % (size * num_processes) == 0]
+        fitting = divisors(windows // num_processes) if windows % num_processes == 0 else []
         below = max((size for size in fitting if size < micro_batch_size), default=None)
         above = min((size for size in fitting if size > micro_batch_size), default=None)
         sizes = " or ".join(str(size) for size in (below, above) if size)
@@ -412,6 +427,8 @@ def load_recipe(path: Path) -> TrainConfig:
     """
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path.parent} is not a run folder (it has no {path.name}); give a --run.dir") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not valid JSON ({error})") from None
     if not isinstance(values, dict):

@@ -62,6 +62,7 @@ MADE_BY = "toolkit prepare"
 DOCUMENT_HASH, LAST_TOKENS = "document hash", "last tokens"  # how the validation split was chosen
 JOURNAL_EVERY_SECONDS = 5.0  # most work that a kill can undo, but for one block [seconds]
 BYTES_PER_WORKER = 4_000_000  # of the source, below which one more worker costs more time than it saves [bytes]
+WORKERS_PER_CORE = 16  # beyond which they only take memory
 PARTS_MEASURED = 8  # of the first block, for the estimate of the disk needed [parts]
 
 Report = Callable[[str], None]
@@ -151,6 +152,11 @@ def _check_settings(*, shard_tokens: int, val_fraction: float, workers: int | No
         problems.append(f"val_fraction={val_fraction} must be above 0 and below 1, for example 0.005")
     if workers is not None and workers < 1:
         problems.append(f"workers={workers} must be at least 1; leave it out for one per core")
+    most = WORKERS_PER_CORE * usable_cores()
+    if workers is not None and workers > most:
+        problems.append(
+            f"workers={workers} is more than {most}, {WORKERS_PER_CORE} for each core; leave it out for one per core"
+        )
     if problems:
         raise UserError("; ".join(problems))
 

@@ -34,7 +34,7 @@ def generate(
     where the context is full the last half of it is encoded anew.
     Raises: UserError, at once, for a setting or a prompt id that makes no sense.
     """
-    _check_settings(max_new_tokens, temperature, top_k, top_p, num_samples)
+    _check_settings(max_new_tokens, temperature, top_k, top_p, num_samples, seed)
     vocab_size = model.config.vocab_size
     unknown = [token for token in prompt_ids if not 0 <= token < vocab_size]
     if unknown:
@@ -48,7 +48,7 @@ def generate(
 
 
 def _check_settings(
-    max_new_tokens: int, temperature: float, top_k: int | None, top_p: float | None, num_samples: int
+    max_new_tokens: int, temperature: float, top_k: int | None, top_p: float | None, num_samples: int, seed: int
 ) -> None:
     problems = []
     if max_new_tokens < 1:
@@ -61,6 +61,8 @@ def _check_settings(
         problems.append(f"top_k={top_k} must be at least 1")
     if top_p is not None and not 0 < top_p <= 1:
         problems.append(f"top_p={top_p} must be above 0 and at most 1")
+    if seed < 0:
+        problems.append(f"seed={seed} must be at least 0")
     if problems:
         raise UserError("; ".join(problems))
 

@@ -24,6 +24,11 @@ def cpu_has_bf16() -> bool:
     return units and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
+def cpu_widens(dtype: torch.dtype) -> bool:
+    """True if this CPU multiplies numbers of this type in fp32."""
+    return dtype == torch.bfloat16 and not cpu_has_bf16()
+
+
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def num_threads() -> int:
     """Threads of one operation."""
@@ -97,7 +102,7 @@ def _leaves_a_thread_idle(left: Tensor, right: Tensor) -> bool:
 
 
 def _in_fp32(dtype: torch.dtype, tensor: Tensor) -> bool:
-    return dtype == torch.bfloat16 and tensor.device.type == "cpu" and not cpu_has_bf16()
+    return tensor.device.type == "cpu" and cpu_widens(dtype)
 
 
 def _attention_in_fp32(

@@ -6,6 +6,7 @@ the backward pass. `torch.compile` usually keeps less, so these are upper bounds
 operations over a range of utilisations, since the utilisation itself can only be measured.
 """
 
+import itertools
 import math
 import time
 from dataclasses import asdict, dataclass
@@ -13,11 +14,11 @@ from typing import Any, cast
 
 import torch
 
-from toolkit.config import Precision, TrainConfig, grad_accum_steps
+from toolkit.config import Precision, TrainConfig, divisors, grad_accum_steps
 from toolkit.errors import UserError
 from toolkit.model.gpt2 import canonical_shapes, flops_per_token, num_parameters, padded_vocab_size
 from toolkit.model.loss import GPU_TILE_ELEMENTS, PRODUCT_PARTS
-from toolkit.model.product import multiply, operand
+from toolkit.model.product import cpu_widens, multiply, operand
 from toolkit.training.environment import cpu_is_asked_for, device_memory_bytes, device_name, resolve_precision
 from toolkit.training.hardware import DEVICES, find_device, peak_flops
 from toolkit.training.muon import BLOCK_PREFIX
@@ -25,6 +26,7 @@ from toolkit.training.muon import BLOCK_PREFIX
 GIB = 2**30
 RESERVED_BYTES = GIB // 2  # the driver's context, kernels and the matrix libraries' workspaces
 MARGIN = 0.08  # share of the memory left free: fragmentation, and what a desktop shows
+SMALLEST, LARGEST = 0.001, 1_000_000  # GiB, TFLOP/s and processes outside these are slips of the finger
 UTILISATIONS = (0.3, 0.4, 0.5, 0.6)  # MFU; 0.3 eager on a small card to 0.6 compiled and well fed
 
 
@@ -182,11 +184,14 @@ def plan(
     for name, value in (("memory_gib", memory_gib), ("tflops", tflops), ("num_processes", num_processes)):
         if value is not None and not 0 < value < math.inf:
             raise UserError(f"{name}={value} must be above 0")
+        if value is not None and not SMALLEST <= value <= LARGEST:
+            raise UserError(f"{name}={value} is that of no device; use a number from {SMALLEST} to {LARGEST:,}")
     label, memory_bytes, peak_tflops, precision = _describe(
         config, device, memory_gib=memory_gib, tflops=tflops, num_processes=num_processes
     )
+    on_cpu = label.startswith("this machine") and own_device_type() == "cpu"
     micro_batch_size = largest_micro_batch(
-        config, precision, memory_bytes=memory_bytes, num_processes=num_processes, device=label
+        config, precision, memory_bytes=memory_bytes, num_processes=num_processes, device=label, on_cpu=on_cpu
     )
     model, training = config.model, config.training
     tokens = training.max_steps * training.tokens_per_step
@@ -212,7 +217,7 @@ def plan(
         stated_micro_batch_size=training.micro_batch_size,
         micro_batch_size=micro_batch_size,
         grad_accum_steps=grad_accum_steps(config, micro_batch_size=micro_batch_size, num_processes=num_processes),
-        memory=memory_estimate(config, precision, micro_batch_size=micro_batch_size),
+        memory=memory_estimate(config, precision, micro_batch_size=micro_batch_size, on_cpu=on_cpu),
         speeds=tuple(speeds),
         host_copy_bytes=checkpoint_bytes,
         data_bytes=tokens * (2 if model.vocab_size <= 2**16 else 4),  # ids are uint16 where they fit
@@ -222,7 +227,13 @@ def plan(
 
 
 def largest_micro_batch(
-    config: TrainConfig, precision: Precision, *, memory_bytes: int, num_processes: int = 1, device: str = "the device"
+    config: TrainConfig,
+    precision: Precision,
+    *,
+    memory_bytes: int,
+    num_processes: int = 1,
+    device: str = "the device",
+    on_cpu: bool = False,
 ) -> int:
     """The largest micro-batch [windows] that divides the step and fits into a device's memory with the margin.
 
@@ -231,14 +242,15 @@ def largest_micro_batch(
     grad_accum_steps(config, micro_batch_size=1, num_processes=num_processes)  # refuses what no micro-batch can divide
     windows = config.training.tokens_per_step // config.data.sequence_length // num_processes
     usable = usable_bytes(memory_bytes)
-    fitting = [
-        size
-        for size in range(1, windows + 1)
-        if windows % size == 0 and memory_estimate(config, precision, micro_batch_size=size).peak <= usable
-    ]
-    if not fitting:
-        raise UserError(_nothing_fits(config, precision, usable=usable, memory_bytes=memory_bytes, device=device))
-    return fitting[-1]
+    fitting = itertools.takewhile(
+        lambda size: memory_estimate(config, precision, micro_batch_size=size, on_cpu=on_cpu).peak <= usable,
+        divisors(windows),
+    )
+    largest = max(fitting, default=None)
+    if largest is None:
+        smallest = memory_estimate(config, precision, micro_batch_size=1, on_cpu=on_cpu)
+        raise UserError(_nothing_fits(config, smallest, usable=usable, memory_bytes=memory_bytes, device=device))
+    return largest
 
 
 def usable_bytes(memory_bytes: int) -> int:
@@ -246,21 +258,25 @@ def usable_bytes(memory_bytes: int) -> int:
     return int(memory_bytes * (1 - MARGIN)) - RESERVED_BYTES
 
 
-def memory_estimate(config: TrainConfig, precision: Precision, *, micro_batch_size: int) -> MemoryEstimate:
-    """Bytes on one device while it trains with this micro-batch."""
+def memory_estimate(
+    config: TrainConfig, precision: Precision, *, micro_batch_size: int, on_cpu: bool = False
+) -> MemoryEstimate:
+    """Bytes on one device, a GPU unless `on_cpu`, while it trains with this micro-batch."""
     model, training = config.model, config.training
     tokens, width = micro_batch_size * config.data.sequence_length, model.n_embd
     padding = (padded_vocab_size(model) - model.vocab_size) * width
     parameters = num_parameters(model) + padding
-    saved = saved_activation_bytes(config, precision, micro_batch_size=micro_batch_size)
+    saved = saved_activation_bytes(config, precision, micro_batch_size=micro_batch_size, on_cpu=on_cpu)
     copies = _weight_copy_bytes(config, precision)
     checkpointing = training.activation_checkpointing == "block"
     logits = _logits_chunk_bytes(config, precision, tokens=tokens)
     # The loss's gradients times the incoming one in fp32; later the largest operation of a block and what it reads.
     loss_gradients = 4 * (padded_vocab_size(model) + tokens) * width
     block = (10 if precision != "fp32" else 14) * tokens * width
+    if on_cpu and model.dropout:  # the gradients of the probabilities, before and after dropout
+        block += 8 * model.n_head * tokens * config.data.sequence_length
     if checkpointing:
-        block += _block_bytes(config, precision, tokens=tokens)
+        block += _block_bytes(config, precision, tokens=tokens, on_cpu=on_cpu)
     backward = max(loss_gradients, block)
     fixed = 4 * parameters + 4 * parameters + _moment_bytes(config, parameters)
     return MemoryEstimate(
@@ -275,7 +291,9 @@ def memory_estimate(config: TrainConfig, precision: Precision, *, micro_batch_si
     )
 
 
-def saved_activation_bytes(config: TrainConfig, precision: Precision, *, micro_batch_size: int) -> int:
+def saved_activation_bytes(
+    config: TrainConfig, precision: Precision, *, micro_batch_size: int, on_cpu: bool = False
+) -> int:
     """Bytes that autograd keeps from the forward to the backward pass of one micro-batch, without the parameters.
 
     Counted operation by operation, as `torch.autograd.graph.saved_tensors_hooks` would see them; each storage once.
@@ -287,24 +305,38 @@ def saved_activation_bytes(config: TrainConfig, precision: Precision, *, micro_b
     if training.activation_checkpointing == "block":
         blocks = model.n_layer * tokens * width * 4  # each block's input, in the residual stream's fp32
     else:
-        blocks = model.n_layer * _block_bytes(config, precision, tokens=tokens) + _weight_copy_bytes(config, precision)
-    embedding = tokens * 8 + (tokens * width if model.dropout else 0)  # ids; a dropout mask of one byte
+        block = _block_bytes(config, precision, tokens=tokens, on_cpu=on_cpu)
+        blocks = model.n_layer * block + _weight_copy_bytes(config, precision)
+    mask = (4 if on_cpu else 1) if model.dropout else 0  # a GPU's kernel keeps one byte, a CPU factors in fp32
+    embedding = tokens * (8 + mask * width)  # and the ids
     final_norm = tokens * (4 * width + 8)  # its input, mean and deviation
     several_chunks = tokens > training.loss_chunk_tokens  # then the head's gradient is summed in fp32
     loss = tokens * width * product + rows * width * (4 if several_chunks else product) + 8  # and the number of targets
     return blocks + embedding + final_norm + loss
 
 
-def _block_bytes(config: TrainConfig, precision: Precision, *, tokens: int) -> int:
-    """What one block saves, without 16-bit weight copies."""
+def _block_bytes(config: TrainConfig, precision: Precision, *, tokens: int, on_cpu: bool) -> int:
+    """What one block saves, without 16-bit weight copies.
+
+    A CPU has no fused attention with dropout: all probabilities are kept there, before and after it, and the factors between
+    them, in fp32 like the queries, keys and values that they are made of; unless `product.attention` computes them again.
+    """
     model, product = config.model, _product_bytes(precision)
     norms = 2 * (4 * model.n_embd + 8)  # input in fp32, mean and deviation
     # Inputs of c_attn, c_proj, c_fc and (four times as wide) the other c_proj; query, key, value; the GELU's input. The
     # attention's result and c_proj's input are one tensor.
     products = (1 + 1 + 1 + 4 + 3 + 4) * model.n_embd * product
     log_sums = 4 * model.n_head  # the attention's normalisers
-    masks = 2 * model.n_embd if model.dropout else 0  # one byte each; fused attention keeps none
-    return tokens * (norms + products + log_sums + masks)
+    if not model.dropout:
+        return tokens * (norms + products + log_sums)
+    if not on_cpu:
+        return tokens * (
+            norms + products + log_sums + 2 * model.n_embd
+        )  # two masks of one byte; fused attention keeps none
+    attention = 3 * model.n_embd * (4 - product) + 3 * model.n_head * config.data.sequence_length * 4
+    if precision == "bf16" and cpu_widens(torch.bfloat16):
+        attention = 0
+    return tokens * (norms + products + attention + 2 * model.n_embd * product)
 
 
 def _weight_copy_bytes(config: TrainConfig, precision: Precision) -> int:
@@ -350,8 +382,7 @@ def _num_checkpoints(config: TrainConfig) -> int:
     return min(written, kept.keep_last + for_good + kept.keep_best + 1)
 
 
-def _nothing_fits(config: TrainConfig, precision: Precision, *, usable: int, memory_bytes: int, device: str) -> str:
-    smallest = memory_estimate(config, precision, micro_batch_size=1)
+def _nothing_fits(config: TrainConfig, smallest: MemoryEstimate, *, usable: int, memory_bytes: int, device: str) -> str:
     message = (
         f"a model of {num_parameters(config.model):,} parameters needs {smallest.peak / GIB:.2f} GiB for one window of "
         f"{config.data.sequence_length} tokens, and {device} has {usable / GIB:.2f} GiB usable of {memory_bytes / GIB:.1f}"
@@ -375,7 +406,7 @@ def _describe(
         return "a device as described", int(memory_gib * GIB), tflops, precision
     if device == "this":
         precision = resolve_precision(asked)
-        own = torch.device("cuda" if torch.cuda.is_available() and not cpu_is_asked_for() else "cpu")
+        own = torch.device(own_device_type())
         memory_bytes = device_memory_bytes(own) if memory_gib is None else int(memory_gib * GIB)
         if own.type == "cpu" and memory_gib is None:
             memory_bytes //= num_processes  # they share one machine's memory
@@ -394,6 +425,11 @@ def _describe(
         raise UserError(f"{known.key} does not compute {precision} natively; use --training.precision fp16 or fp32")
     label = known.cuda_name if "(" not in known.cuda_name else known.key.upper()
     return label, int((memory_gib or known.memory_gib) * GIB), tflops or peak, precision
+
+
+def own_device_type() -> str:
+    """The kind of device at hand that would train."""
+    return "cuda" if torch.cuda.is_available() and not cpu_is_asked_for() else "cpu"
 
 
 def _own_tflops(device: torch.device, precision: Precision) -> float | None:

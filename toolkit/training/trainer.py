@@ -669,6 +669,7 @@ class Trainer:
                 precision=self.precision,
                 memory_bytes=device_memory_bytes(self.device),
                 num_processes=self.processes.count,
+                on_cpu=self.device.type == "cpu",
             )
         return self.processes.smallest(fitting)
 

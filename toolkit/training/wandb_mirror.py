@@ -68,16 +68,20 @@ def resolve_mode(mode: str, environ: Mapping[str, str]) -> tuple[Mode, list[str]
     """
     wish = environ.get("WANDB_MODE", "").strip().lower()
     lines = []
+    disabled = environ.get("WANDB_DISABLED", "").strip()
+    is_disabled = disabled.lower() in ("true", "1", "yes", "on")
     if mode != "auto":
         resolved = _MODES[mode]
         if wish and _MODES.get(wish) != resolved:
             lines.append(f"W&B: --wandb.mode {mode} wins over WANDB_MODE={wish} in the environment")
+        if is_disabled and resolved != "disabled":
+            lines.append(f"W&B: --wandb.mode {mode} wins over WANDB_DISABLED={disabled} in the environment")
     elif wish in _MODES:
         resolved = _MODES[wish]
     elif wish:
         resolved = "offline"
         lines.append(f"W&B: WANDB_MODE={wish} is none of {', '.join(_MODES)}; recording offline")
-    elif environ.get("WANDB_DISABLED", "").strip().lower() in ("true", "1", "yes", "on"):
+    elif is_disabled:
         resolved = "disabled"
     else:
         resolved = "online" if has_key(environ) else "offline"

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from toolkit.config import TrainConfig, load_recipe, to_dict
-from toolkit.errors import UserError
+from toolkit.errors import UserError, describe_os_error
 from toolkit.redact import redact
 from toolkit.training.metrics import damaged_lines, log_path, read_rows
 from toolkit.training.run_folder import LOCK, RECIPE, RUN, STATUS
@@ -41,8 +41,10 @@ def wandb_sync(run_dir: Path, *, fresh: bool = False, offline_to: Path | None = 
     """
     run_id, config = _read_run(run_dir)
     steps = _steps(run_dir)
-    if not steps:
-        raise UserError(f"{log_path(run_dir, 'metrics')} has no rows yet; there is nothing to send to W&B")
+    if not any("log" in message for messages in steps.values() for message in messages):
+        raise UserError(f"{log_path(run_dir, 'metrics')} has no rows; there is nothing to send to W&B")
+    if offline_to is not None:
+        _make_folder(offline_to)
     if offline_to is None and not has_key(os.environ):
         raise UserError("W&B has no API key here; `wandb login` once (or set WANDB_API_KEY), then run this again")
     if offline_to is None and not fresh and _is_running(run_dir):
@@ -102,6 +104,16 @@ def _send(helper: WandbProcess, steps: dict[int, list[dict[str, Any]]], *, statu
     if not finished["complete"]:
         raise UserError("W&B did not take everything; run this again to add what is missing")
     yield "W&B has all of it"
+
+
+def _make_folder(folder: Path) -> None:
+    """Raises UserError if no offline run can be written there; W&B would put it elsewhere without asking."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UserError(f"cannot write to --offline-to {folder}: {describe_os_error(error)}; name a folder") from None
 
 
 def _is_running(run_dir: Path) -> bool:
