@@ -73,6 +73,35 @@ def test_evaluate_refuses_numbers_below_one(run: Path, capsys: pytest.CaptureFix
         assert refusal(capsys, "evaluate", str(run), flag, value) == f"error: {flag} {value} must be at least 1"
 
 
+def test_a_named_checkpoint_is_checked_before_it_is_used(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole = run / "checkpoints" / "step-00000004"
+    damaged = tmp_path / "damaged"
+
+    def refusals() -> list[str]:
+        verbs = (
+            ["export", str(damaged), str(tmp_path / "out")],
+            ["evaluate", str(damaged)],
+            ["generate", str(damaged), "a"],
+        )
+        return [refusal(capsys, *arguments) for arguments in verbs]
+
+    shutil.copytree(whole, damaged)
+    weights = bytearray((damaged / "model.safetensors").read_bytes())
+    weights[len(weights) // 2] ^= 1
+    (damaged / "model.safetensors").write_bytes(weights)
+    assert all("model.safetensors" in line and "use another checkpoint" in line for line in refusals())
+    (damaged / "model.safetensors").write_bytes((whole / "model.safetensors").read_bytes())
+    (damaged / "state.json").unlink()
+    assert all("state.json" in line for line in refusals())
+    shutil.copy(whole / "state.json", damaged)
+    for text in (b"{", b"{}", b"[]", b"\xff\xfe"):
+        (damaged / "manifest.json").write_bytes(text)
+        assert all("manifest.json" in line for line in refusals())
+    assert not (tmp_path / "out").exists()
+
+
 def test_export_is_what_transformers_pipelines_run(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -291,6 +320,12 @@ def test_each_part_of_the_state_that_is_lost_is_named(run: Path, tmp_path: Path)
     difference = compare_runs(run, copy, step=4)
     assert difference is not None
     assert difference.startswith("metrics.jsonl, step 2: loss/train is")
+
+
+def test_verify_resume_wants_steps_and_processes(capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = str(ROOT / "recipes" / "train_demo.py")
+    for wrong in (["--steps", "1"], ["--steps", "6", "--num-processes", "0"]):
+        assert "must be at least 2 and num_processes=" in refusal(capsys, "verify-resume", recipe, *wrong)
 
 
 def test_help_lists_every_verb(capsys: pytest.CaptureFixture[str]) -> None:

@@ -51,6 +51,13 @@ def test_a_recipe_survives_its_json(recipe: TrainConfig) -> None:
     assert from_dict(TrainConfig, to_dict(recipe)) == recipe
 
 
+def test_a_recipe_that_is_no_json_is_refused(tmp_path) -> None:
+    for text in (b"[" * 200_000, b"\xff", b"{"):
+        (tmp_path / "recipe.json").write_bytes(text)
+        with pytest.raises(UserError, match=r"recipe\.json is not valid JSON"):
+            load_recipe(tmp_path / "recipe.json")
+
+
 def test_a_recipe_of_another_version_is_refused(tmp_path) -> None:
     values = to_dict(TrainConfig())
     del values["model"]["n_head"]

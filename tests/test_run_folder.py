@@ -107,7 +107,7 @@ def fork(action: Callable[[], object]) -> int:
 def test_a_new_run_and_the_next_start(tmp_path: Path) -> None:
     path = tmp_path / "runs" / "new"
     with started(path) as (folder, opened):
-        assert opened == Opened(opened.resolved, is_new=True, lines=[], loaded=None)
+        assert opened == Opened(opened.resolved, is_new=True, lines=[], loaded=None, branched_from=None)
         assert opened.resolved.path is None
         run_id = folder.run_id
         assert re.fullmatch(r"[a-z0-9]{8,}", run_id)

@@ -15,7 +15,7 @@ import torch
 from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from tests.support import change, rows, write_corpus
 from toolkit.config import TrainConfig
@@ -205,6 +205,123 @@ def test_a_new_run_starts_from_a_checkpoint_of_another(fit: Fit, tiny: TrainConf
     assert branched[0]["loss/train"] == original[4]["loss/train"]
     assert branched[-1]["learning_rate"] < original[-1]["learning_rate"]
     assert rows(Path(branch.run.dir), "ledger") == rows(run, "ledger")[4:]
+
+
+def test_a_branch_stays_one(fit: Fit, tiny: TrainConfig, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """The next start need not name the checkpoint again, and may name no other."""
+    run = fit(tiny)
+    checkpoint = run / "checkpoints" / "step-00000004"
+    branch = change(
+        tiny,
+        run={"dir": str(tmp_path / "branch"), "resume_from": str(checkpoint)},
+        training={"checkpoint_every": None, "max_steps": 6},
+    )
+    with Trainer(branch) as trainer:  # and ends before it has a checkpoint
+        trainer.resume()
+        trainer.log(trainer.train_step())
+    AcceleratorState._reset_state(True)
+    unnamed = change(branch, run={"dir": branch.run.dir, "resume_from": None})
+    fit(unnamed)
+    assert [row["step"] for row in rows(Path(branch.run.dir)) if "loss/train" in row] == [5, 6]
+    assert "steps 5 to 6" in list(audit(Path(branch.run.dir)))[-1]
+    AcceleratorState._reset_state(True)
+    other = change(branch, run={"dir": branch.run.dir, "resume_from": str(run / "checkpoints" / "step-00000008")})
+    with pytest.raises(UserError, match=r"these may not change between starts"):
+        Trainer(other)
+
+
+def test_a_branch_goes_on_in_the_counts_of_its_parent(fit: Fit, tiny: TrainConfig, tmp_path: Path) -> None:
+    checkpoint = fit(tiny) / "checkpoints" / "step-00000004"
+    for section, name in (("training", "tokens_per_step"), ("data", "sequence_length")):
+        old = getattr(getattr(tiny, section), name)
+        run = {"dir": str(tmp_path / name), "resume_from": str(checkpoint)}
+        AcceleratorState._reset_state(True)
+        with pytest.raises(
+            UserError, match=f"counts its steps in {section}.{name}={old} and this run would go on with"
+        ):
+            Trainer(change(tiny, run=run, **{section: {name: old // 2}}))
+
+
+def test_a_branch_with_another_order_says_so(
+    fit: Fit, tiny: TrainConfig, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    checkpoint = fit(tiny) / "checkpoints" / "step-00000004"
+    run = {"dir": str(tmp_path / "branch"), "resume_from": str(checkpoint)}
+    fit(change(tiny, run=run, training={"seed": 5}))
+    assert "goes on with 5: another order, in which windows of that epoch come again" in capfd.readouterr().err
+
+
+class Extra(GPT2):
+    def __init__(self, *arguments: Any, **settings: Any) -> None:
+        super().__init__(*arguments, **settings)
+        self.extra = nn.Parameter(torch.ones(3))
+
+
+class Buffered(GPT2):
+    def __init__(self, *arguments: Any, **settings: Any) -> None:
+        super().__init__(*arguments, **settings)
+        self.register_buffer("count", torch.zeros(()))
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (
+            lambda config: Extra(config, seed=1),
+            r"Extra is not the GPT-2 of model\.\* that checkpoints hold: it has extra;",
+        ),
+        (lambda config: Buffered(config, seed=1), "it has count; .*register buffers with persistent=False"),
+        (lambda config: nn.Linear(2, 2), r"it has no GPT2Config as its config, has weight, has bias, and \d+ more"),
+        (lambda config: GPT2(dataclasses.replace(config, n_layer=1), seed=1), r"it lacks h\.1\.ln_1\.weight"),
+        (
+            lambda config: GPT2(dataclasses.replace(config, vocab_size=300), seed=1),
+            r"it has wte\.weight of shape \(300, ",
+        ),
+    ],
+    ids=["parameter", "buffer", "module", "layers", "vocabulary"],
+)
+def test_a_model_that_checkpoints_cannot_hold_is_refused_before_the_first_step(
+    tiny: TrainConfig, make: Callable[[Any], nn.Module], said: str
+) -> None:
+    with pytest.raises(UserError, match=said):
+        Trainer(tiny, model=make(tiny.model))
+
+
+@pytest.mark.parametrize("kept", ["left out", "frozen"])
+def test_what_an_optimizer_of_ones_own_leaves_alone_stays_and_resumes(
+    tiny: TrainConfig, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, kept: str
+) -> None:
+    """Its gradient takes no part in the norm, and no next step has a remainder of it."""
+
+    def start(run: str, max_steps: int) -> Path:
+        AcceleratorState._reset_state(True)
+        config = change(
+            tiny, run={"dir": str(tmp_path / run)}, training={"max_steps": max_steps, "checkpoint_every": 2}
+        )
+        model = GPT2(config.model, seed=1)
+        model.wpe.weight.requires_grad_(kept == "left out")
+        parameters = [p for p in model.parameters() if kept == "frozen" or p is not model.wpe.weight]
+        Trainer(config, model=model, optimizer=torch.optim.AdamW(parameters, lr=1e-2)).fit()
+        return tmp_path / run
+
+    whole = start("whole", 8)
+    start("parts", 4)
+    parts = start("parts", 8)
+    assert_equal_bits(state_of(whole, 8), state_of(parts, 8))
+    norms = [[row["optimizer/grad_norm"] for row in rows(run) if "loss/train" in row] for run in (whole, parts)]
+    assert norms[0] == norms[1]
+    assert torch.equal(state_of(whole, 8)["wpe.weight"], GPT2(tiny.model, seed=1).wpe.weight)
+
+
+def test_optimizers_that_cannot_step_here_are_refused(tiny: TrainConfig) -> None:
+    for make, said in (
+        (lambda p: torch.optim.LBFGS(p), "LBFGS evaluates the loss within its step"),
+        (lambda p: torch.optim.Adam(p, lr=torch.tensor(0.01)), "Adam has a tensor as its learning rate"),
+    ):
+        AcceleratorState._reset_state(True)
+        model = GPT2(tiny.model, seed=1)
+        with pytest.raises(UserError, match=said):
+            Trainer(tiny, model=model, optimizer=make(model.parameters()))  # type: ignore[no-untyped-call]
 
 
 class NotFinite(GPT2):
@@ -510,6 +627,48 @@ def test_a_spike_in_the_last_step_with_nothing_to_rewind_to_is_followed_by_all_t
     assert [folder.name for folder in (run / "checkpoints").iterdir()] == ["step-00000008"]
     assert [row["step"] for row in rows(run) if "loss/val" in row] == [8]
     assert json.loads((run / "status.json").read_text())["saved_step"] == 8
+
+
+class SpikesForEver(GPT2):
+    """A GPT-2 whose loss jumps from step 6 on, whatever it is given."""
+
+    calls = 0
+
+    def forward(self, input_ids: Tensor, targets: Tensor) -> Tensor:
+        type(self).calls += 1
+        loss = super().forward(input_ids, targets)
+        return loss * 50 if self.calls > 20 else loss
+
+
+def test_rewinding_to_one_checkpoint_ends(tiny: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    from toolkit.training import spikes
+
+    monkeypatch.setattr(spikes, "HISTORY_STEPS", 4)
+    training = {"on_spike": "rewind", "checkpoint_every": 2, "eval_every": None, "max_skipped_in_a_row": 3}
+    config = change(tiny, training=training)
+    monkeypatch.setattr(SpikesForEver, "calls", 0)
+    with pytest.raises(UserError, match=r"rewound to .*step-00000004 3 times, and step 5 is a spike still"):
+        run_with(SpikesForEver, config)
+    assert rows(Path(config.run.dir))[-1]["step"] == 5
+
+
+def test_a_stop_request_is_heard_while_steps_spike(tiny: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    from toolkit.training import spikes
+
+    monkeypatch.setattr(spikes, "HISTORY_STEPS", 4)
+    config = change(tiny, training={"on_spike": "rewind", "checkpoint_every": 2, "eval_every": None})
+    rewind, asked = Trainer.rewind, []
+
+    def rewind_and_ask(trainer: Trainer) -> bool:
+        asked.append(trainer.step)
+        return rewind(trainer)
+
+    monkeypatch.setattr(SpikesForEver, "calls", 0)
+    monkeypatch.setattr(Trainer, "rewind", rewind_and_ask)
+    monkeypatch.setattr(StopRequests, "asked", lambda _: len(asked) == 2)
+    trainer = run_with(SpikesForEver, config)
+    status = json.loads((Path(config.run.dir) / "status.json").read_text())
+    assert (status["status"], status["step"], trainer.step) == ("preempted", 5, 5)
 
 
 def test_a_crash_after_a_rewind_rewinds_again(tiny: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:

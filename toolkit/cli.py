@@ -485,7 +485,7 @@ def _model_folder(run: Path) -> Path:
     """The folder with the model: the newest valid checkpoint of a run, a checkpoint, or an exported model."""
     from toolkit.training.checkpoint import find_checkpoint
 
-    if (run / "config.json").exists() and not (run / "state.json").exists():
+    if (run / "config.json").exists() and not any((run / name).exists() for name in ("state.json", "manifest.json")):
         return run  # exported, or published by others
     return find_checkpoint(run)
 
@@ -497,11 +497,12 @@ def _recipe_of(folder: Path) -> TrainConfig | None:
 def _tokenizer_of(folder: Path) -> "Tokenizer":
     """The tokenizer of a checkpoint or an exported model, checked against the one that the checkpoint names."""
     from toolkit.data.tokenizer import load_tokenizer
+    from toolkit.training.checkpoint import read_manifest
 
     if not (folder / "manifest.json").exists():
         own = folder / "tokenizer.json"
         return load_tokenizer(str(own) if own.exists() else "gpt2")
-    info = json_format.loads((folder / "manifest.json").read_text())["tokenizer"]
+    info = read_manifest(folder)["tokenizer"]
     own = folder / "tokenizer.json"
     tokenizer = load_tokenizer(str(own) if own.exists() else info["name"])
     if tokenizer.sha256 != info["sha256"]:

@@ -135,7 +135,7 @@ class TrainingConfig:
     activation_checkpointing: Literal["none", "block"] = "none"  # block: recompute each block in the backward pass
     loss_chunk_tokens: int = 1024  # positions whose logits exist at one time [tokens]
     deterministic: bool = False  # on CUDA, bitwise repeatable kernels at some speed; a CPU is repeatable anyway
-    max_skipped_in_a_row: int = 20  # steps in a row without a finite gradient after which the run stops [steps]
+    max_skipped_in_a_row: int = 20  # steps in a row without a finite gradient, or rewinds to one checkpoint, after which the run stops [count]
     min_loss_scale: float = 1.0  # fp16: a loss scale below this stops the run [factor]
     spike_z_score: float = 7.0  # a loss this many robust deviations above its recent median is logged as a spike [deviations]
     on_spike: Literal["log", "rewind"] = "log"  # rewind: go back to the last checkpoint and skip the samples since it
@@ -306,7 +306,6 @@ class TrainConfig:
 MAY_CHANGE_ON_RESUME = frozenset(
     {
         "run.dir",  # the folder was moved: it is the same run
-        "run.resume_from",  # read at the first start only
         "data.path",  # the data was moved: fingerprints and weights are compared instead
         "data.cache_dir",
         "data.cache_gib",
@@ -429,7 +428,7 @@ def load_recipe(path: Path) -> TrainConfig:
         values = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path.parent} is not a run folder (it has no {path.name}); give a --run.dir") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # no JSON, or no text
         raise UserError(f"{path} is not valid JSON ({error})") from None
     if not isinstance(values, dict):
         raise UserError(f"{path} does not hold a recipe")

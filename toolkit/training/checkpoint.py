@@ -512,12 +512,14 @@ def _newest(folder: Path, read: Callable[[Path], T]) -> tuple[Resolved, T | None
 
 
 def find_checkpoint(run_or_checkpoint: Path) -> Path:
-    """The checkpoint that a user means who names a run folder, its `checkpoints` folder or a checkpoint.
+    """The checkpoint that a user means who names a run folder, its `checkpoints` folder or a checkpoint; hash-checked.
 
-    Raises: UserError if there is none, or none that can be loaded.
+    Raises: UserError if there is none, none that can be loaded, or the one that is named is damaged.
     """
     path = run_or_checkpoint
-    if (path / MODEL).exists() and (path / MANIFEST).exists():
+    if (path / MANIFEST).exists() and ((path / MODEL).exists() or (path / STATE).exists()):
+        if problems := verify_checkpoint(path):
+            raise UserError(f"{problems[0]}; use another checkpoint, or name the run for its newest good one")
         return path
     if not path.is_dir():
         raise UserError(f"{path} does not exist; name a run folder or one of its checkpoints")

@@ -245,6 +245,8 @@ def _tensor_problems(optimizer: torch.optim.Optimizer, model: nn.Module, tensors
             problems.append(f"{full_name}={tensor.item()} is not a number of updates")
     for name, keys_found in saved_keys.items():
         group = parameters[name][1]
+        if not keys_found and "algorithm" not in group:  # another's optimizer, which saw no gradient of this one
+            continue
         first = next((keys for keys in saved_keys.values() if keys), [])
         expected = STATE_KEYS.get(group.get("algorithm", ""), first)
         problems += [f"{name}|{key} is missing" for key in expected if key not in keys_found]

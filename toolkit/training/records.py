@@ -14,11 +14,11 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from toolkit.config import TrainConfig, to_dict
+from toolkit.config import TrainConfig, differences, load_recipe, to_dict
 from toolkit.errors import UserError, describe_os_error
 from toolkit.training import checkpoint
 from toolkit.training.metrics import LogName, RunLog, log_path, read_rows
-from toolkit.training.run_folder import RunFolder
+from toolkit.training.run_folder import RECIPE, RunFolder
 from toolkit.training.wandb_mirror import WandbMirror
 
 logger = logging.getLogger(__name__)
@@ -58,6 +58,7 @@ class RunRecords:
                 self.folder.checkpoints, config.checkpoint, resolved=opened.resolved
             )
             self.resumed = newest is not None
+            self._branched_from = opened.branched_from
             self.start = newest or self._other_run()
             if self.start is not None:
                 self._refuse_other_data(self.start, data_fingerprint)
@@ -68,9 +69,35 @@ class RunRecords:
             raise
 
     def _other_run(self) -> Path | None:
-        """The checkpoint of another run that a new run starts from, if one was asked for."""
-        other = self.config.run.resume_from
-        return None if other is None else checkpoint.find_checkpoint(Path(other))
+        """The checkpoint of another run that a new run starts from, if one was asked for.
+
+        Raises: UserError if the settings give its counts of samples and tokens another meaning.
+        """
+        if self._branched_from is None:
+            return None
+        start = checkpoint.find_checkpoint(Path(self._branched_from))
+        if not (start / RECIPE).exists():
+            return start
+        changed = {name: (old, new) for name, old, new in differences(load_recipe(start / RECIPE), self.config)}
+        for name in ("training.tokens_per_step", "data.sequence_length"):
+            if name in changed:
+                old, new = changed[name]
+                raise UserError(
+                    f"{start} counts its steps in {name}={old} and this run would go on with {new}; use {old}, or take the "
+                    "weights alone (`toolkit export`, then --model.init-from)"
+                )
+        for name in ("training.seed", "data.shuffle_group_shards"):
+            if name in changed:
+                old, new = changed[name]
+                logger.info(
+                    "%s was trained with %s=%s, this run goes on with %s: another order, in which windows of that epoch "
+                    "come again",
+                    start,
+                    name,
+                    old,
+                    new,
+                )
+        return start
 
     def _refuse_other_data(self, start: Path, data_fingerprint: str) -> None:
         trained_on = checkpoint.read_manifest(start)["data_fingerprint"]
@@ -95,7 +122,7 @@ class RunRecords:
             due = (sampling_due and name == "samples") or (evaluation_due and name == "metrics" and "loss/val" in row)
             return due and row["step"] == step
 
-        first = 1 if self.config.run.resume_from is None else None  # a branch begins where its first start began
+        first = 1 if self._branched_from is None else None  # a branch begins where its first start began
         for line in self.log.truncate_after(step, first=first, again=again):
             logger.info(line)
         self.folder.set_status("running", step=step)

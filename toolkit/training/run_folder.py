@@ -18,7 +18,7 @@ import socket
 import stat
 import string
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
@@ -74,6 +74,7 @@ class Opened:
     is_new: bool
     lines: list[str]
     loaded: Loaded | None  # the checkpoint to resume from, as it was read to check it
+    branched_from: str | None  # the checkpoint of another run that the first start was told to begin with
 
 
 # Descriptors of held locks. A forked child (a DataLoader's worker) closes its copy: otherwise a worker that outlives a
@@ -143,7 +144,10 @@ class RunFolder:
             self._put_aside_what_is_no_status()
             if resolved.path is None:
                 self._refuse_lost_checkpoints()
-            changed = self._compare(self._read_recipe(resolved.path, is_new=is_new), recipe)
+            before = self._read_recipe(resolved.path, is_new=is_new)
+            if before is not None and recipe.run.resume_from is None:  # a branch stays one
+                recipe = replace(recipe, run=replace(recipe.run, resume_from=before.run.resume_from))
+            changed = self._compare(before, recipe)
             resumed_from = None
             if resolved.path is not None:
                 manifest = read_manifest(resolved.path)
@@ -153,7 +157,7 @@ class RunFolder:
         except OSError as error:
             raise UserError(f"the run folder {self.path} cannot be used: {describe_os_error(error)}") from None
         lines, self._lines = self._lines, []
-        return Opened(resolved, is_new, lines, loaded)
+        return Opened(resolved, is_new, lines, loaded, recipe.run.resume_from)
 
     def copies(self) -> dict[str, bytes]:
         """run.json and recipe.json as they should be on disk: every checkpoint carries them."""

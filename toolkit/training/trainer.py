@@ -10,6 +10,7 @@ import gc
 import logging
 import math
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -26,14 +27,22 @@ from accelerate.utils import (
 )
 from torch import Tensor, nn
 
-from toolkit.config import Precision, TrainConfig, grad_accum_steps
+from toolkit.config import GPT2Config, Precision, TrainConfig, grad_accum_steps
 from toolkit.data.loader import Data, open_data, sample_order, training_loader, validation_loader, window_counts
 from toolkit.data.tokenizer import Tokenizer, load_tokenizer
 from toolkit.errors import UserError
 from toolkit.evaluation.generate import generate
 from toolkit.evaluation.loss import evaluate
 from toolkit.failpoint import failpoint, is_set
-from toolkit.model.gpt2 import GPT2, canonical_tensors, flops_per_token, load_canonical, num_parameters
+from toolkit.model.gpt2 import (
+    GPT2,
+    canonical_shapes,
+    canonical_tensors,
+    cut,
+    flops_per_token,
+    load_canonical,
+    num_parameters,
+)
 from toolkit.model.huggingface import config_json, load_weights
 from toolkit.training import checkpoint
 from toolkit.training.environment import (
@@ -147,6 +156,7 @@ class Trainer:
         self.sampling_due = False  # so were its samples
         self.last_loss: float | None = None  # the latest validation's, if it was finite
         self.spikes = SpikeDetector(z_score=config.training.spike_z_score)
+        self._rewound_to: Counter[str] = Counter()  # how often this start went back to each checkpoint
 
         self.data = self._open_data()
         self.order = sample_order(
@@ -181,9 +191,9 @@ class Trainer:
             while self.step < self.config.training.max_steps and not stop:
                 result = self.train_step()
                 self.log(result)
-                if self.spiked(result) and self.config.training.on_spike == "rewind" and self.rewind():
-                    continue
                 stop = result.stop
+                if self.spiked(result) and self.config.training.on_spike == "rewind" and not stop and self.rewind():
+                    continue
                 if self.due(self.config.training.eval_every) and not stop:
                     stop = self.evaluate() is None
                 if self.due(self.config.training.sample_every, at_end=False) and not stop:
@@ -474,6 +484,7 @@ class Trainer:
         """Goes back to the last checkpoint and goes on with the samples after those read since: they are skipped.
 
         False, and said aloud, if there is none to go back to.
+        Raises: UserError where going back to the same checkpoint again and again has not helped.
         """
         with self.processes.together():
             path = ""
@@ -484,6 +495,13 @@ class Trainer:
             self._say("no checkpoint to rewind to yet: training goes on")
             return False
         spiked_step, end = self.step, self.position
+        self._rewound_to[path] += 1
+        limit = self.config.training.max_skipped_in_a_row
+        if self._rewound_to[path] > limit:
+            raise UserError(
+                f"rewound to {path} {limit} times, and step {spiked_step} is a spike still: start again from it with a lower "
+                "--optimizer.learning-rate in a new run (--run.resume-from)"
+            )
         self._load(Path(path))
         skipped = [self.position, end]
         self.position = end
@@ -688,9 +706,15 @@ class Trainer:
             )
             if config.model.init_from is not None and self._start is None:
                 self._init_from(model, config.model.init_from)
+        _refuse_unsavable(model, config.model)
         with self.processes.together(), self._naming_missing_memory("the weights"):
             self.raw_model: GPT2 = model.to(self.device)  # type: ignore[assignment]  # or one's own with the same verbs
         self.raw_optimizer = optimizer or build_optimizer(model, config.optimizer, device_type=self.device.type)
+        _refuse_unsteppable(self.raw_optimizer)
+        updated = {id(parameter) for group in self.raw_optimizer.param_groups for parameter in group["params"]}
+        for parameter in self.raw_model.parameters():
+            if id(parameter) not in updated:  # an optimizer of one's own leaves it as it is: it needs no gradient
+                parameter.requires_grad_(False)
         self.parameters = [parameter for parameter in self.raw_model.parameters() if parameter.requires_grad]
         if self.processes.count > 1:
             # DDP makes gradients that exist by now parts of its buffers, and otherwise only at the end of a first step
@@ -768,7 +792,7 @@ class Trainer:
         return True
 
     def _refuse_broken_weights(self) -> None:
-        if not torch.isfinite(total_norm(self.parameters)):
+        if not torch.isfinite(total_norm(self.raw_model.parameters())):
             raise UserError(
                 f"the weights at step {self.step} are not finite and are not saved; the checkpoints before are intact: start "
                 "again from one with a lower --optimizer.learning-rate in a new run (--run.resume-from)"
@@ -937,6 +961,39 @@ class _Facts:
     finite: bool
     stop: bool
     digest: int
+
+
+def _refuse_unsavable(model: nn.Module, config: GPT2Config) -> None:
+    """Raises UserError unless a checkpoint, which holds what the recipe's GPT-2 holds, can hold this model."""
+    shapes, own = canonical_shapes(config), getattr(model, "config", None)
+    found = {
+        name: tuple((cut(name, tensor, own) if isinstance(own, GPT2Config) else tensor).shape)
+        for name, tensor in model.state_dict().items()
+    }
+    problems = [] if isinstance(own, GPT2Config) else ["has no GPT2Config as its config"]
+    problems += [f"has {name}" for name in found if name not in shapes]
+    problems += [f"lacks {name}" for name in shapes if name not in found]
+    problems += [
+        f"has {name} of shape {found[name]}, not {shape}"
+        for name, shape in shapes.items()
+        if found.get(name, shape) != shape
+    ]
+    if problems:
+        more = f", and {len(problems) - 3} more" if len(problems) > 3 else ""
+        raise UserError(
+            f"{type(model).__name__} is not the GPT-2 of model.* that checkpoints hold: it {', '.join(problems[:3])}{more}; "
+            "subclass GPT2 without other parameters, and register buffers with persistent=False"
+        )
+
+
+def _refuse_unsteppable(optimizer: torch.optim.Optimizer) -> None:
+    """Raises UserError for an optimizer whose step, or whose state on the disk, is not one of ours."""
+    if isinstance(optimizer, torch.optim.LBFGS):
+        raise UserError("LBFGS evaluates the loss within its step; use an optimizer that steps from gradients")
+    if any(isinstance(group["lr"], Tensor) for group in optimizer.param_groups):
+        raise UserError(
+            f"{type(optimizer).__name__} has a tensor as its learning rate; give a number: schedule.* changes it"
+        )
 
 
 def _allocate_gradients(parameters: list[nn.Parameter]) -> None:

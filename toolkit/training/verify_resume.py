@@ -32,6 +32,8 @@ def verify_resume(config: TrainConfig, *, steps: int, cut: int, num_processes: i
 
     Raises: UserError if a start fails, or naming the first field or tensor in which the two runs differ.
     """
+    if steps < 2 or num_processes < 1:
+        raise UserError(f"steps={steps} must be at least 2 and num_processes={num_processes} at least 1")
     if not 0 < cut < steps:
         raise UserError(f"cut={cut} must lie between 0 and steps={steps}; use --cut {max(1, steps // 2)}")
     with tempfile.TemporaryDirectory(prefix="toolkit-verify-resume-") as temporary:
