@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import fcntl
+import gzip
 import json
 import os
 import random
@@ -19,6 +20,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import xxhash
+import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet
@@ -441,14 +443,60 @@ def test_the_disk_is_estimated_before_anything_is_written(
     heard: list[str] = []
     prepare(corpus, tmp_path / "out", report=heard.append)
     tokens = sum(read_manifest(reference).totals(split)["tokens"] for split in SPLITS)
-    assert heard[0].startswith("about ")
-    assert 0.5 < int(heard[0].split()[1].replace(",", "")) / tokens < 2
-    usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
+    assert 0.5 < estimated(heard) / tokens < 2
+    leave_free(monkeypatch, 1000)
     with pytest.raises(UserError, match=r"needs about [\d.]+ KB but its disk has 1.0 KB free"):
         prepare(corpus, tmp_path / "small")
     assert not list((tmp_path / "small").glob("*"))[1:]  # nothing but .prepare
     assert not list((tmp_path / "small").glob("*.bin"))
+
+
+def estimated(heard: list[str]) -> float:
+    """The tokens to go, of the line that says how many."""
+    (line,) = [line for line in heard if line.startswith("about ")]
+    count, unit = line.split()[1:3]
+    return float(count.replace(",", "")) * {"million": 1e6, "billion": 1e9}.get(unit, 1)
+
+
+def leave_free(monkeypatch: pytest.MonkeyPatch, free: float) -> None:
+    """The disk says that it has so many bytes free."""
+    usage = shutil.disk_usage("/")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=int(free)))
+
+
+@pytest.mark.parametrize("ending", ["jsonl.gz", "txt.gz", "jsonl.zst"])
+def test_the_estimate_goes_on_from_what_was_done(ending: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rng, compress = random.Random(6), {"gz": gzip.compress, "zst": zstandard.compress}[ending.split(".")[1]]
+    for name in "ab":
+        documents = [words(rng, 60) for _ in range(1200)]
+        whole = "".join(documents) if "txt" in ending else "".join(json.dumps({"text": d}) + "\n" for d in documents)
+        (tmp_path / f"{name}.{ending}").write_bytes(compress(whole.encode()))
+    out, heard = tmp_path / "out", []
+    with child(lambda: prepare(tmp_path, out, shard_tokens=9000), failpoints="prepare.after-block=kill@180") as (
+        end,
+        _,
+    ):
+        assert end == KILLED
+    done = journal.Journal.load(out)
+    assert done is not None
+    assert done.position.file == 0
+    leave_free(monkeypatch, 3_000_000)
+    manifest = prepare(tmp_path, out, shard_tokens=9000, report=heard.append).manifest
+    to_go = sum(manifest.totals(split)["tokens"] for split in SPLITS) - done.tokens
+    assert 0.4 < estimated(heard) / to_go < 2
+
+
+def test_a_compressed_file_is_no_fair_sample_of_the_files_after_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress((json.dumps({"text": "a b " * 100}) + "\n").encode() * 200))
+    (tmp_path / "b.txt").write_text(words(random.Random(5), 40_000), newline="")
+    heard: list[str] = []
+    leave_free(monkeypatch, 300_000)
+    with child(lambda: prepare(tmp_path, tmp_path / ".out"), failpoints="prepare.after-block=kill@62") as (status, _):
+        assert status == KILLED
+    tokens = sum(prepare(tmp_path, tmp_path / ".out", report=heard.append).manifest.totals(s)["tokens"] for s in SPLITS)
+    assert 1.6 * estimated(heard) > 300_000 > 2 * tokens  # it was said, and nothing was refused
 
 
 def test_folders_that_cannot_be_written(corpus: Path, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ import gzip
 import json
 import os
 import sysconfig
+import tracemalloc
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -354,6 +355,21 @@ def test_a_long_text_is_cut_where_it_does_not_show(tmp_path: Path, monkeypatch: 
     assert {block.header["in_payload"] for block in blocks} == {True, False}  # the row of 字 is read by the worker
     assert [token for part in parts for token in tokenizer.encode(part)] == tokenizer.encode(text[1:])
     assert [block.header["first"] for block in blocks] == [True] + [False] * (len(blocks) - 1)
+
+
+def test_compressed_text_of_great_length_is_not_held_as_a_whole(tmp_path: Path) -> None:
+    path = tmp_path / "x.txt.zst"
+    path.write_bytes(zstandard.compress(b"the same words again and again. " * 2**21))
+    assert path.stat().st_size < 10_000
+    length, file = 0, open_source([str(path)]).files[0]
+    tracemalloc.start()
+    with reading.open_file(file) as stream:
+        while part := stream.read(2**20):
+            length += len(part)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert length == 2**26
+    assert peak < 2**25
 
 
 # --- documents that take much memory ---------------------------------------------------------------------------------

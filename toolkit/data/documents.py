@@ -44,7 +44,7 @@ class Block:
     header: dict[str, Any]
     payload: bytes | bytearray
     end: Position
-    source_bytes: int  # bytes of all source files up to `end`, as they lie on disk: for the progress bar
+    source_bytes: int  # bytes of all source files up to `end`, as they lie on disk: for the progress bar and estimates
 
 
 @dataclass(kw_only=True, slots=True)

@@ -29,6 +29,7 @@ from typing import Any
 from tqdm import tqdm
 
 from toolkit.data import journal as journals
+from toolkit.data import reading
 from toolkit.data.documents import Block, Counts
 from toolkit.data.journal import Journal
 from toolkit.data.manifest import (
@@ -64,6 +65,7 @@ JOURNAL_EVERY_SECONDS = 5.0  # most work that a kill can undo, but for one block
 BYTES_PER_WORKER = 4_000_000  # of the source, below which one more worker costs more time than it saves [bytes]
 WORKERS_PER_CORE = 16  # beyond which they only take memory
 PARTS_MEASURED = 8  # of the first block, for the estimate of the disk needed [parts]
+FAIR_SHARE = 0.1  # of the source's bytes, from which on what they gave is a fair sample of the rest [0..1]
 
 Report = Callable[[str], None]
 
@@ -277,25 +279,39 @@ class _Run:
             writer.forget_previous()
 
     def _check_disk(self, first: Block, result: Result, report: Report) -> Iterator[Part]:
-        """The parts of the first block, after an estimate from them of the disk that everything will take.
+        """The parts of the first block, after an estimate of the disk that everything will take.
+
+        The estimate is from what earlier starts did, or else from the first block. It refuses only if what it is from is a
+        fair sample: a compressed file may hold any amount of text, and says nothing of the files after it.
 
         Raises: UserError if the disk has clearly less.
         """
+        journal = self.journal
         parts = list(itertools.islice(result.parts, PARTS_MEASURED))
-        tokens: float = sum(len(part.ids) for part in parts)
-        # a stretch of a long text is all text, and may be far longer than what has been measured of it
-        whole = first.form == "stretch" or len(parts) == PARTS_MEASURED
-        read = sum(part.utf8_bytes for part in parts) if whole else first.source_bytes - self.journal.source_bytes
-        tokens *= (self.source.size - self.journal.source_bytes) / max(1, read)
+        tokens: float = journal.tokens or sum(len(part.ids) for part in parts)
+        read: float = journal.source_bytes if journal.tokens else self._bytes_of(parts, first)
+        as_they_are = not journal.tokens and not any(
+            file.compression for file in self.source.files[journal.position.file : max(1, first.end.file)]
+        )
+        fair = read >= FAIR_SHARE * self.source.size or (as_they_are and read >= reading.BLOCK_BYTES // 4)
+        tokens *= (self.source.size - journal.source_bytes) / max(1, read)
         needed = tokens * token_dtype(self.tokenizer.vocab_size).itemsize
         free = shutil.disk_usage(self.out).free
         report(f"about {_count(tokens)} tokens to go, {_size(needed)} on disk; {_size(free)} are free in {self.out}")
-        if needed * 0.8 > free:  # the estimate may be off by that much
+        if fair and needed * 0.8 > free:  # the estimate may be off by that much
             raise UserError(
                 f"{self.out} needs about {_size(needed)} but its disk has {_size(free)} free; free some space or use an "
                 "--out on a larger disk"
             )
         return itertools.chain(parts, result.parts)
+
+    def _bytes_of(self, parts: Sequence[Part], block: Block) -> float:
+        """Bytes of the source files that these first parts of a block stand for, about."""
+        on_disk, measured = block.source_bytes - self.journal.source_bytes, sum(part.utf8_bytes for part in parts)
+        if block.form == "stretch":  # all of it is text, and may be far more than what has been measured of it
+            length: int = block.header["stop"] - block.header["start"]
+            return on_disk * measured / length
+        return measured if len(parts) == PARTS_MEASURED else on_disk
 
     def finish(self, *, val_fraction: float) -> Manifest:
         """Makes sure that both splits hold something, writes the manifest and drops the journal."""

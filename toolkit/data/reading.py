@@ -29,6 +29,7 @@ SUPPORTED = ".txt, .jsonl (both also .gz, .zst) and .parquet"
 
 BLOCK_BYTES = 2**20  # text in one block: about a quarter of a million tokens, 0.1 s of one worker's work [bytes]
 LONG_TEXT_BYTES = 2**22  # a text file above this is cut into stretches [bytes]
+ZSTD_INPUT_BYTES = 2**10  # decompressed at one time; may unfold into eleven thousand times as much, all held [bytes]
 KEPT_STRETCH_BYTES = 2**23  # a longer stretch (text without any place to cut) is read by the worker itself [bytes]
 LARGE_DOCUMENT_BYTES = 2**25  # a larger document in one piece is announced with the memory it takes [bytes]
 
@@ -86,13 +87,20 @@ def is_remote(file: SourceFile) -> bool:
 @contextlib.contextmanager
 def open_file(file: SourceFile) -> Iterator[IO[bytes]]:
     """The uncompressed bytes of a file."""
+    with _open_both(file) as (stream, _):
+        yield stream
+
+
+@contextlib.contextmanager
+def _open_both(file: SourceFile) -> Iterator[tuple[IO[bytes], IO[bytes]]]:
+    """The uncompressed bytes of a file, and its bytes as they lie on disk, from which the former are read."""
     with _open_remote(file) if is_remote(file) else Path(file.path).open("rb", buffering=BLOCK_BYTES) as raw:
         if file.compression == ".gz":
-            yield cast(IO[bytes], gzip.GzipFile(fileobj=raw, mode="rb"))
+            yield cast(IO[bytes], gzip.GzipFile(fileobj=raw, mode="rb")), raw
         elif file.compression == ".zst":
-            yield io.BufferedReader(_ZstdReader(raw), buffer_size=BLOCK_BYTES)
+            yield io.BufferedReader(_ZstdReader(raw), buffer_size=BLOCK_BYTES), raw
         else:
-            yield raw
+            yield raw, raw
 
 
 class _ZstdReader(io.RawIOBase):
@@ -105,7 +113,7 @@ class _ZstdReader(io.RawIOBase):
         self._error = zstandard.ZstdError
         self._raw = raw
         self._frame: Any = None
-        self._ready = b""
+        self._ready = memoryview(b"")
         self._input = b""
 
     def readable(self) -> bool:
@@ -114,14 +122,14 @@ class _ZstdReader(io.RawIOBase):
     def readinto(self, buffer: Any) -> int:
         while not self._ready:
             if not self._input:
-                self._input = self._raw.read(2**16)
+                self._input = self._raw.read(ZSTD_INPUT_BYTES)
                 if not self._input:
                     if self._frame is not None:
                         raise EOFError("the last Zstandard frame is not complete")
                     return 0
             self._frame = self._frame or self._decompressor.decompressobj()
             try:
-                self._ready = self._frame.decompress(self._input)
+                self._ready = memoryview(self._frame.decompress(self._input))
             except self._error as error:
                 raise zlib.error(str(error)) from None
             self._input = self._frame.unused_data
@@ -183,9 +191,9 @@ def _skip(stream: IO[bytes], count: int, *, compressed: bool) -> None:
         count -= len(part)
 
 
-def _share_read(file: SourceFile, offset: int) -> int:
-    """Bytes on disk that `offset` uncompressed bytes stand for; of a compressed file a guess, for the progress bar."""
-    return min(file.size, offset if not file.compression else offset // 3)
+def _share_read(file: SourceFile, offset: int, raw: IO[bytes]) -> int:
+    """Bytes on disk that `offset` uncompressed bytes stand for; of a compressed file all that were read, a little more."""
+    return raw.tell() if file.compression else offset
 
 
 def _open_remote(file: SourceFile) -> IO[bytes]:
@@ -236,7 +244,9 @@ def read_text(context: ReadContext, position: Position, text_column: str) -> Ite
     """A text file in stretches that end where a cut does not change the ids; the hash of the whole comes first."""
     file = context.file
     key, size, has_mark = _hash_text(file)
-    for start, stop, data in _stretches(context, max(position.offset, len(BYTE_ORDER_MARK) if has_mark else 0)):
+    for start, stop, data, share_read in _stretches(
+        context, max(position.offset, len(BYTE_ORDER_MARK) if has_mark else 0)
+    ):
         yield Block(
             form="stretch",
             header={
@@ -252,7 +262,7 @@ def read_text(context: ReadContext, position: Position, text_column: str) -> Ite
             },
             payload=data or b"",
             end=context.position(offset=stop) if stop < size else context.next_file(),
-            source_bytes=context.before + _share_read(file, stop),
+            source_bytes=context.before + share_read,
         )
 
 
@@ -269,11 +279,11 @@ def _hash_text(file: SourceFile) -> tuple[int, int, bool]:
     return digest.intdigest(), size, has_mark
 
 
-def _stretches(context: ReadContext, start: int) -> Iterator[tuple[int, int, bytes | None]]:
-    """(start, stop, bytes) one after the other; no bytes for a stretch that is too long to keep."""
+def _stretches(context: ReadContext, start: int) -> Iterator[tuple[int, int, bytes | None, int]]:
+    """(start, stop, bytes, bytes on disk up to `stop`) one after the other; no bytes for what is too long to keep."""
     file = context.file
     decoder = codecs.getincrementaldecoder("utf-8")()
-    with open_file(file) as stream:
+    with _open_both(file) as (stream, raw):
         _skip(stream, start, compressed=bool(file.compression))
         text, text_start = "", start  # what is looked through for a cut, and where it stands
         kept: list[str] | None = []  # what stands between `start` and `text`; None: too long to keep
@@ -294,14 +304,14 @@ def _stretches(context: ReadContext, start: int) -> Iterator[tuple[int, int, byt
                     break
                 stop = text_start + len(text[searched:cut].encode())
                 whole = None if kept is None else "".join([*kept, text[searched:cut]]).encode()
-                yield start, stop, whole
+                yield start, stop, whole, _share_read(file, stop, raw)
                 start = text_start = stop
                 searched, kept = cut, []
             text = text[searched:]
             if not data:
                 whole = None if kept is None else "".join([*kept, text]).encode()
                 if offset > start:
-                    yield start, offset, whole
+                    yield start, offset, whole, _share_read(file, offset, raw)
                 return
             if len(text) > 2 * BLOCK_BYTES:  # nowhere to cut so far: keep looking at the end only
                 done = text[:-BLOCK_BYTES]
@@ -346,7 +356,7 @@ def read_jsonl(context: ReadContext, position: Position, text_column: str) -> It
     file = context.file
     offset, row = position.offset, position.row
     announced = False
-    with open_file(file) as stream:
+    with _open_both(file) as (stream, raw):
         _skip(stream, offset, compressed=bool(file.compression))
         parts: list[bytes] = []
         while True:
@@ -369,7 +379,7 @@ def read_jsonl(context: ReadContext, position: Position, text_column: str) -> It
                     header=header,
                     payload=payload,
                     end=context.position(offset=offset, row=row),
-                    source_bytes=context.before + _share_read(file, offset),
+                    source_bytes=context.before + _share_read(file, offset, raw),
                 )
             if not data:
                 return
