@@ -603,6 +603,58 @@ def test_a_source_that_changed_is_refused(
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("finished", [False, True])
+def test_a_change_of_either_of_two_files_of_one_name_is_noticed(finished: bool, tmp_path: Path) -> None:
+    rng, out = random.Random(7), tmp_path / "out"
+    folders = [tmp_path / "one", tmp_path / "two"]
+    for folder in folders:
+        folder.mkdir()
+        (folder / "x.txt").write_text(f"{rng.random():.9f} " * 800)
+    point = "" if finished else "prepare.after-block=kill@9"
+    with child(lambda: prepare(list(map(str, folders)), out), failpoints=point):
+        pass
+    (folders[0] / "x.txt").write_text(f"{rng.random():.9f} " * 800)
+    with pytest.raises(UserError, match=rf"not the one that {out} was begun with: x\.txt changed; put it back"):
+        prepare(list(map(str, folders)), out)
+
+
+@pytest.mark.parametrize("finished", [False, True])
+def test_files_json_of_older_versions(finished: bool, corpus: Path, reference: Path, tmp_path: Path) -> None:
+    folder, out, files = tmp_path / "text", tmp_path / "out", tmp_path / "out" / ".prepare" / "files.json"
+    shutil.copytree(corpus, folder)
+    with child(lambda: prepare(folder, out), failpoints="" if finished else "prepare.after-block=kill@9"):
+        pass
+    by_name = {name: stamps[-1] for name, stamps in json.loads(files.read_text()).items()}
+    files.write_text(json.dumps(by_name))
+    assert prepare(folder, out).already_done == finished
+    assert set_bytes(out) == set_bytes(reference)
+    edit(folder)
+    with pytest.raises(UserError, match=r"a\.jsonl changed"):
+        prepare(folder, out)
+
+
+@pytest.mark.parametrize("finished", [False, True])
+def test_files_json_that_is_damaged_or_gone(finished: bool, corpus: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with child(lambda: prepare(corpus, out), failpoints="" if finished else "prepare.after-block=kill@9"):
+        pass
+    files = out / ".prepare" / "files.json"
+    fix = "delete it if the source is as it was" if finished else f"delete {out} and run again"
+    for damaged in ("", "[3]", "\0"):
+        files.write_text(damaged)
+        with pytest.raises(
+            UserError, match=rf"files\.json is damaged \(.*\), so that a changed source .*; {fix}"
+        ) as caught:
+            prepare(corpus, out)
+        assert "\n" not in str(caught.value)
+    files.unlink()
+    if finished:
+        assert prepare(corpus, out).already_done
+    else:
+        with pytest.raises(UserError, match=rf"files\.json is gone, so that a changed source .*; {fix}"):
+            prepare(corpus, out)
+
+
 def test_settings_may_change_while_there_is_nothing_to_lose(tmp_path: Path) -> None:
     (tmp_path / "x.jsonl").write_text('{"body": "some text of some words"}\n')
     with pytest.raises(UserError, match=r"has no column 'text', only 'body'"):

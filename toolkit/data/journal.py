@@ -154,18 +154,46 @@ def begin(out: Path, settings: dict[str, Any], source: Source) -> Journal:
     return journal
 
 
-def _stamps(source: Source) -> dict[str, list[Any]]:
-    return {file.name: [file.size, file.stamp] for file in source.files}
+def _stamps(source: Source) -> dict[str, list[list[Any]]]:
+    """Size and stamp of the files of each name, in their order; several folders may hold a file of one name."""
+    stamps: dict[str, list[list[Any]]] = {}
+    for file in source.files:
+        stamps.setdefault(file.name, []).append([file.size, file.stamp])
+    return stamps
 
 
-def refuse_changed_files(out: Path, source: Source) -> None:
-    """Raises UserError if the files of the source are not as they were when the work in `out` began."""
+def _recorded_stamps(out: Path, *, finished: bool) -> dict[str, Any] | None:
+    """What `files.json` says; None: it is not there, as in a copy of a finished set without its working notes.
+
+    Raises: UserError if it is damaged, or gone while the work is unfinished.
+    """
+    path = out / STATE_FOLDER / FILES_FILE
     try:
-        before = json.loads((out / STATE_FOLDER / FILES_FILE).read_text(encoding="utf-8"))
+        values = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(values, dict):
+            raise ValueError(f"{type(values).__name__}, not a JSON object")
+        return values
     except FileNotFoundError:
-        return  # a finished set that was copied without its working notes
+        if finished:
+            return None
+        problem = "is gone"
+    except ValueError as error:
+        problem = f"is damaged ({error})"
+    fix = "delete it if the source is as it was" if finished else f"delete {out} and run again"
+    raise UserError(f"{path} {problem}, so that a changed source would not be noticed; {fix}")
+
+
+def refuse_changed_files(out: Path, source: Source, *, finished: bool) -> None:
+    """Raises UserError if the files of the source are not as they were when the work in `out` began."""
+    before = _recorded_stamps(out, finished=finished)
+    if before is None:
+        return
     now = _stamps(source)
-    changed = [f"{name} changed" for name in before if name in now and now[name] != before[name]]
+    changed = [
+        f"{name} changed"
+        for name in before
+        if name in now and before[name] not in (now[name], now[name][-1])  # older versions kept the last one of a name
+    ]
     gone, new = (
         [f"{name} is gone" for name in before if name not in now],
         [f"{name} is new" for name in now if name not in before],

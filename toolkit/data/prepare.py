@@ -133,7 +133,7 @@ def _continue_or_begin(out: Path, settings: dict[str, Any], source: Source, repo
     nothing_to_lose = unfinished is not None and not unfinished.tokens and not any(out.glob("*.bin"))
     if unfinished is None or nothing_to_lose:
         return journals.begin(out, settings, source)
-    journals.refuse_changed_files(out, source)
+    journals.refuse_changed_files(out, source, finished=False)
     journals.refuse_other_settings(out, unfinished.settings, settings, state="an unfinished")
     share = unfinished.source_bytes / max(1, source.size)
     report(f"continuing in {out}: {unfinished.tokens:,} tokens are done, {share:.0%} of the source")
@@ -187,7 +187,7 @@ def _already_done(
     else:
         source = open_source(names, text_column=text_column)
         description = source.description()
-        journals.refuse_changed_files(out, source)
+        journals.refuse_changed_files(out, source, finished=True)
     settings = settings | {"tokenizer": asdict(_tokenizer_info(load_tokenizer(tokenizer))), "source": description}
     journals.refuse_other_settings(out, recorded, settings, state="a finished")
     lines = [f"{out} is finished already and its source is unchanged: nothing to do", *_summary(out, manifest)]
