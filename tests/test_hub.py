@@ -230,6 +230,24 @@ def test_no_network_is_one_line_at_once(hub: Hub, tmp_path: Path, monkeypatch: p
         run(tmp_path / "out")
 
 
+@pytest.mark.parametrize("largest_fetch", [hub_module.MAX_FETCH_BYTES, 1000])  # 1000: row groups read bit by bit
+def test_a_damaged_file_is_refused_at_once(
+    largest_fetch: int, root: Path, hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hub_module, "MAX_FETCH_BYTES", largest_fetch)
+    shutil.copytree(root, tmp_path / "root")
+    damaged = tmp_path / "root" / "sample/10BT/001_00000.parquet"
+    data = bytearray(damaged.read_bytes())
+    start = parquet.read_metadata(damaged).row_group(2).column(0).dictionary_page_offset
+    data[start + 30 : start + 90] = b"\xff" * 60
+    damaged.write_bytes(data)
+    hub.root = tmp_path / "root"
+    heard: list[str] = []
+    with pytest.raises(UserError, match=r"001_00000\.parquet is damaged, cut short or not Parquet"):
+        run(tmp_path / "out", report=heard.append)
+    assert not [line for line in heard if "trying again" in line]
+
+
 def test_a_folder_of_the_same_name_is_not_taken_for_the_hub(
     hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,5 +1,6 @@
 """Sources: which documents there are and in what order, from any position on; what is refused, skipped and counted."""
 
+import errno
 import gzip
 import json
 import os
@@ -271,6 +272,35 @@ def test_damaged_files_are_refused(name: str, damage: str, tmp_path: Path) -> No
     path.write_bytes(data[: len(data) // 2] if damage == "cut" else b"PK" + data[2:-2] + b"PK")
     with pytest.raises(UserError, match=rf"{name.replace('.', '[.]')} is damaged, cut short|is damaged or cut short"):
         read(open_source([str(path)]))
+
+
+@pytest.mark.parametrize("what", ["page", "page with a checksum", "name of a column"])
+def test_damage_within_parquet_names_the_file(what: str, tmp_path: Path) -> None:
+    options = {"use_dictionary": False, "compression": "snappy" if what == "page" else "none"}
+    path = write_table(tmp_path / "x.parquet", ["some text"] * 999, write_page_checksum="checksum" in what, **options)
+    data = bytearray(path.read_bytes())
+    start = parquet.read_metadata(path).row_group(0).column(1).data_page_offset
+    if what == "page":
+        data[start + 30 : start + 90] = b"\xff" * 60
+    elif what == "page with a checksum":
+        data[data.index(b"some text", start + 500)] ^= 1
+    else:
+        data[data.rindex(b"\x04text") + 1] ^= 0x80  # of the column in the row group; the schema is still right
+    path.write_bytes(data)
+    with pytest.raises(
+        UserError, match=r"x\.parquet is damaged, cut short or not Parquet \(.*\); get it again"
+    ) as caught:
+        read(open_source([str(path)]))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_parquet_file_that_the_disk_cannot_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = open_source([str(write_table(tmp_path / "x.parquet", ["some text"] * 999))])
+    error = OSError(errno.EIO, os.strerror(errno.EIO))
+    monkeypatch.setattr(parquet.ParquetFile, "iter_batches", lambda *_, **__: (_ for _ in ()).throw(error))
+    with pytest.raises(OSError, match="Input/output error") as caught:
+        read(source)
+    assert caught.value is error
 
 
 def test_a_file_that_changes_while_it_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -27,9 +27,8 @@ from toolkit.data.reading import (
     SourceFile,
     first_line,
     format_of,
-    open_file,
 )
-from toolkit.data.sources import RowGroup, Source, open_table, row_groups, rows_of
+from toolkit.data.sources import RowGroup, Source, open_parquet, open_table, row_groups, rows_of
 from toolkit.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -44,7 +43,7 @@ CONNECT_SECONDS = 10.0  # for the first sign of life of the Hub
 _DATASET_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 _HUB_ADDRESS = re.compile(r"hf://datasets/[^@]+@([^/]+)/(.+)")
 _NO_WAY = ("ConnectError", "ConnectTimeout", "ConnectionError", "ProxyError", "UnsupportedProtocol")
-_CONNECTION_PACKAGES = ("httpx", "httpx2", "httpcore", "httpcore2", "requests", "urllib3", "pyarrow")
+_CONNECTION_PACKAGES = ("httpx", "httpx2", "httpcore", "httpcore2", "requests", "urllib3")
 _INSTEAD = (
     "check the connection (or HF_ENDPOINT), or download Parquet files elsewhere and run `toolkit prepare FOLDER`, or "
     "`toolkit prepare stdlib` for text that is already on this machine"
@@ -144,29 +143,29 @@ def _remote_parquet(context: ReadContext, position: Position, text_column: str) 
     """The blocks of a Parquet file, several row groups asked for ahead of need."""
     label, stopped = context.file.label, threading.Event()
 
-    def read_metadata() -> Any:
-        with open_file(context.file) as stream:
-            return open_table(stream)
+    def read_metadata() -> tuple[Any, list[RowGroup]]:
+        with open_parquet(context.file) as stream:
+            table = open_table(stream)
+            return table.metadata, row_groups(context, table, position.row, text_column)
 
     def fetch(group: RowGroup) -> list[Block]:
-        with open_file(context.file) as stream:
+        with open_parquet(context.file) as stream:
             table = open_table(stream, metadata=metadata, buffer_size=0)
             return list(rows_of(context, table, group, max(position.row, group.start), text_column))
 
     def read_slowly(group: RowGroup) -> Iterator[Block]:
         def read(at: Position) -> Iterator[Block]:
-            with open_file(context.file) as stream:
+            with open_parquet(context.file) as stream:
                 table = open_table(stream, metadata=metadata, buffer_size=MAX_FETCH_BYTES)
                 yield from rows_of(context, table, group, at.row, text_column)
 
         return _going_on(context, context.position(row=max(position.row, group.start)), read)
 
-    opened = retried(read_metadata, label, context.notice)
-    metadata = opened.metadata
+    metadata, groups = retried(read_metadata, label, context.notice)
     waiting: deque[Iterator[Block] | Future[list[Block]]] = deque()
     threads = ThreadPoolExecutor(FETCHES_AT_A_TIME, thread_name_prefix="hub")
     try:
-        for group in row_groups(context, opened, position.row, text_column):
+        for group in groups:
             if group.compressed > MAX_FETCH_BYTES:
                 waiting.append(read_slowly(group))
             else:
@@ -242,7 +241,7 @@ def _wait(error: Exception, failures: int, label: str, notice: Notice) -> None:
 
 
 def _is_transient(error: Exception, status: int | None) -> bool:
-    """Whether an error is the connection's; a body that was cut short reaches Parquet's reader as damage."""
+    """Whether an error is the connection's; damage of a Parquet file is a UserError by then."""
     if status is not None:
         return status in (408, 425, 429) or status >= 500
     package = type(error).__module__.partition(".")[0]

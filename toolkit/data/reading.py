@@ -228,7 +228,7 @@ class _FullReads(io.RawIOBase):
         wanted = left if size is None or size < 0 else min(size, left)
         data = bytes(self._file.read(wanted)) if wanted else b""
         if len(data) != wanted:
-            raise OSError(f"got {len(data)} of {wanted} bytes")
+            raise ConnectionError(f"got {len(data)} of {wanted} bytes")
         return data
 
     def readinto(self, buffer: Any) -> int:

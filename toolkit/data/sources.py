@@ -10,6 +10,7 @@ from the end of any block without reading what came before (a compressed file is
 source whose files change meanwhile is refused. Does not: tokenize, split, write.
 """
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -256,14 +257,7 @@ def _read(context: ReadContext, position: Position, text_column: str) -> Iterato
     if context.file.format != "parquet":
         yield from reading.READERS[context.file.format](context, position, text_column)
         return
-    import pyarrow
-
-    try:
-        yield from _read_parquet(context, position, text_column)
-    except pyarrow.ArrowException as error:
-        raise UserError(
-            f"{context.file.label} is damaged, cut short or not Parquet ({first_line(error)}); get it again"
-        ) from None
+    yield from _read_parquet(context, position, text_column)
 
 
 # --- Parquet ---------------------------------------------------------------------------------------------------------
@@ -280,8 +274,24 @@ class RowGroup:
     compressed: int  # [bytes]
 
 
+@contextlib.contextmanager
+def open_parquet(file: SourceFile) -> Iterator[IO[bytes]]:
+    """The bytes of a Parquet file; turns damage that its reader meets into one line."""
+    import pyarrow
+
+    try:
+        with open_file(file) as stream:
+            yield stream
+    except (pyarrow.ArrowException, UnicodeDecodeError, OSError) as error:
+        if isinstance(error, OSError) and (type(error) is not OSError or error.errno is not None):
+            raise  # the disk's or the connection's; of damage Arrow says so without a number
+        raise UserError(
+            f"{file.label} is damaged, cut short or not Parquet ({first_line(error)}); get it again"
+        ) from None
+
+
 def _read_parquet(context: ReadContext, position: Position, text_column: str) -> Iterator[Block]:
-    with open_file(context.file) as stream:
+    with open_parquet(context.file) as stream:
         table = open_table(stream)
         for group in row_groups(context, table, position.row, text_column):
             yield from rows_of(context, table, group, max(position.row, group.start), text_column)
@@ -292,7 +302,13 @@ def open_table(stream: IO[bytes], *, metadata: Any = None, buffer_size: int | No
     from pyarrow import parquet
 
     buffer_size = reading.BLOCK_BYTES if buffer_size is None else buffer_size
-    return parquet.ParquetFile(stream, metadata=metadata, pre_buffer=buffer_size == 0, buffer_size=buffer_size)
+    return parquet.ParquetFile(
+        stream,
+        metadata=metadata,
+        pre_buffer=buffer_size == 0,
+        buffer_size=buffer_size,
+        page_checksum_verification=True,
+    )
 
 
 def _check_column(schema: Any, text_column: str, label: str) -> None:
