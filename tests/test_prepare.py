@@ -398,6 +398,61 @@ def test_killed_while_splitting_the_end_off(
     assert passage > 1
 
 
+def flip_a_bit(path: Path, offset: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[offset] ^= 1
+    path.write_bytes(data)
+
+
+def test_an_open_shard_that_was_changed_is_refused_and_kept(corpus: Path, reference: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with child(lambda: prepare(corpus, out), failpoints="prepare.after-block=kill@9") as (status, _):
+        assert status == KILLED
+    unfinished = journal.Journal.load(out)
+    assert unfinished is not None
+    path = out / f".train_{len(unfinished.shards['train']):06d}.bin.tmp"
+    flip_a_bit(path, 1024 + 2 * (unfinished.open_shards["train"].tokens - 1))
+    before = set_bytes(out)
+    for _ in range(2):
+        with pytest.raises(UserError, match=rf"{path} was changed since .* its sha256 differs; put it back") as caught:
+            prepare(corpus, out)
+        assert "\n" not in str(caught.value)
+    assert set_bytes(out) == before
+    flip_a_bit(path, 1024 + 2 * (unfinished.open_shards["train"].tokens - 1))
+    prepare(corpus, out)
+    assert set_bytes(out) == set_bytes(reference)
+
+
+def test_a_journal_of_an_older_version_is_continued(corpus: Path, reference: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with child(lambda: prepare(corpus, out), failpoints="prepare.after-block=kill@9") as (status, _):
+        assert status == KILLED
+    path = out / ".prepare" / "journal.json"
+    values = json.loads(path.read_text())
+    assert [shard.pop("sha256") for shard in values["open_shards"].values()]
+    path.write_text(json.dumps(values))
+    prepare(corpus, out)
+    assert set_bytes(out) == set_bytes(reference)
+
+
+@pytest.mark.parametrize("point", ["prepare.before-last-shards", "prepare.before-cutting-train"])
+def test_a_finished_shard_that_was_changed_is_not_copied(point: str, tmp_path: Path) -> None:
+    (tmp_path / "book.txt").write_text(words(random.Random(3), 3000), newline="")
+    out = tmp_path / "out"
+    options = {"val_fraction": 0.6, "shard_tokens": 1500}  # cut within the second shard
+    with child(lambda: prepare(tmp_path / "book.txt", out, **options), failpoints=f"{point}=kill") as (status, _):
+        assert status == KILLED
+    flip_a_bit(out / "train_000001.bin", 1100)
+    with pytest.raises(
+        UserError, match=r"train_000001\.bin was changed since it was finished: its sha256 is .*; put it"
+    ):
+        prepare(tmp_path / "book.txt", out, **options)
+    flip_a_bit(out / "train_000001.bin", 1100)
+    prepare(tmp_path / "book.txt", out, **options)
+    prepare(tmp_path / "book.txt", tmp_path / "other", **options)
+    assert set_bytes(out) == set_bytes(tmp_path / "other")
+
+
 def test_a_worker_that_dies_is_one_line_and_the_next_run_continues(
     corpus: Path, reference: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -35,6 +35,7 @@ class OpenShard:
     tokens: int
     documents: int
     utf8_bytes: int
+    sha256: str = ""  # of `ShardWriter`; empty: written by an older version, nothing to compare
 
 
 @dataclass(kw_only=True, slots=True)

@@ -48,9 +48,9 @@ from toolkit.data.manifest import (
     write_durably,
     write_manifest,
 )
-from toolkit.data.shards import shard_file_name
+from toolkit.data.shards import shard_bytes, shard_file_name
 from toolkit.data.sources import HUB_PREFIX, Source, open_source
-from toolkit.data.split_writer import SplitWriter, read_ids
+from toolkit.data.split_writer import SplitWriter, check_content, read_ids
 from toolkit.data.tokenizer import Tokenizer, load_tokenizer
 from toolkit.data.tokenizing import Job, Part, Result
 from toolkit.data.workers import Pool, started, tokenize_blocks, usable_cores
@@ -384,7 +384,10 @@ class _Run:
         journal.save(self.out)
 
     def _copy(self, start: int, stop: int, split: Split, *, first_index: int = 0) -> list[ShardInfo]:
-        """Shards of `split` with the train tokens from `start` to `stop`."""
+        """Shards of `split` with the train tokens from `start` to `stop`.
+
+        Raises: UserError if a shard that holds them is not as it was when it was finished.
+        """
         shards: list[ShardInfo] = []
         writer = SplitWriter(
             out=self.out,
@@ -398,9 +401,15 @@ class _Run:
         shard_start = 0
         for info in self.journal.shards["train"]:
             first, last = max(start - shard_start, 0), min(stop - shard_start, info.tokens)
-            for ids in read_ids(self.out / info.file, writer.dtype, first, last):
-                writer.append(writer.describe(ids))
             shard_start += info.tokens
+            if first >= last:
+                continue
+            path = self.out / info.file
+            # a kill may have come after what is kept of this shard took its name
+            if split != "train" or path.stat().st_size != shard_bytes(last, writer.dtype):
+                check_content(path, info)
+            for ids in read_ids(path, writer.dtype, first, last):
+                writer.append(writer.describe(ids))
         writer.close()
         return shards
 

@@ -159,6 +159,10 @@ class ShardWriter:
         self._file.flush()
         os.fsync(self._file.fileno())
 
+    def sha256(self) -> str:
+        """Of what was appended so far, after the header of `expected_tokens`."""
+        return self._hash.hexdigest()
+
     def close(self) -> ShardInfo:
         """Completes the file under its own name and describes it."""
         header = shard_header(self.tokens, self._dtype)

@@ -1,9 +1,10 @@
 """Token ids of one split -> its shards, one after the other, going on with an unfinished one after a kill.
 
 Guarantees: which id lies in which shard depends on the ids alone, not on how they came or how often the work was
-interrupted.
+interrupted; ids that were changed on disk in between are an error.
 """
 
+import hashlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import numpy.typing as npt
 
 from toolkit.data.journal import OpenShard
 from toolkit.data.manifest import ShardInfo, Split, token_dtype
-from toolkit.data.shards import HEADER_BYTES, ShardWriter, shard_bytes, shard_file_name
+from toolkit.data.shards import HEADER_BYTES, ShardWriter, shard_bytes, shard_file_name, shard_header
 from toolkit.data.tokenizer import Tokenizer
 from toolkit.data.tokenizing import Part
 from toolkit.errors import UserError
@@ -76,6 +77,11 @@ class SplitWriter:
         found = [file for file in (aside, temporary, path) if file.exists() and file.stat().st_size >= needed]
         if not found:
             raise UserError(f"{temporary} is gone or shorter than the journal says; delete {self._out} and run again")
+        if open_shard.sha256 and self._sha256(found[0], open_shard.tokens) != open_shard.sha256:
+            raise UserError(
+                f"{found[0]} was changed since the journal vouched for its {open_shard.tokens} tokens: its sha256 differs; "
+                f"put it back as it was, or delete {self._out} and run again"
+            )
         if found[0] == temporary:
             temporary.replace(aside)
             found[0] = aside
@@ -84,6 +90,13 @@ class SplitWriter:
             self._writer.append(ids, documents=0, utf8_bytes=0)
         self._writer.append(np.empty(0, self.dtype), documents=open_shard.documents, utf8_bytes=open_shard.utf8_bytes)
         self._previous = aside
+
+    def _sha256(self, path: Path, tokens: int) -> str:
+        """What `ShardWriter.sha256` was when the shard held these first ids of a file."""
+        digest = hashlib.sha256(shard_header(self._shard_tokens, self.dtype))
+        for ids in read_ids(path, self.dtype, 0, tokens):
+            digest.update(ids.data)
+        return digest.hexdigest()
 
     def describe(self, ids: Ids) -> Part:
         """Ids with the documents that start in them and the UTF-8 bytes that they stand for."""
@@ -132,6 +145,7 @@ class SplitWriter:
             tokens=self._writer.tokens,
             documents=self._writer.documents,
             utf8_bytes=self._writer.utf8_bytes,
+            sha256=self._writer.sha256(),
         )
 
     def forget_previous(self) -> None:
@@ -162,4 +176,15 @@ def _check_finished(path: Path, info: ShardInfo, dtype: np.dtype[Any]) -> None:
         raise UserError(
             f"{path}, finished by an earlier start, is gone or no longer has {expected} bytes; delete {path.parent} and "
             "run again"
+        )
+
+
+def check_content(path: Path, info: ShardInfo) -> None:
+    """Raises UserError if a finished shard is not, byte for byte, what it was when it was finished."""
+    with path.open("rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if found != info.sha256:
+        raise UserError(
+            f"{path} was changed since it was finished: its sha256 is {found}, not {info.sha256}; put it back as it was, or "
+            f"delete {path.parent} and run again"
         )
