@@ -207,6 +207,30 @@ def test_a_tokenizer_of_ones_own_goes_with_the_set(corpus: Path, texts: list[str
     assert load_tokenizer(str(tmp_path / "out" / "tokenizer.json")).sha256 == own.sha256
 
 
+def test_files_of_the_users_are_kept(corpus: Path, tmp_path: Path) -> None:
+    own = train_tokenizer([str(corpus)], vocab_size=320, out=tmp_path / "own.json")
+    assert own.path is not None
+    other = train_tokenizer([str(corpus)], vocab_size=330, out=tmp_path / "other.json")
+    assert other.path is not None
+    out = tmp_path / "out"
+    out.mkdir()
+    for content in (other.path.read_bytes(), b"{}"):
+        (out / "tokenizer.json").write_bytes(content)
+        for tokenizer in ("gpt2", str(own.path)):
+            with pytest.raises(
+                UserError, match=r"tokenizer\.json is there already and is not the tokenizer '\w+' of this"
+            ):
+                prepare(corpus, out, tokenizer=tokenizer)
+            assert [path.read_bytes() for path in out.iterdir()] == [content]
+    (out / "tokenizer.json").write_text(json.dumps(json.loads(own.path.read_text())))  # the same one, written otherwise
+    for name in (".notes.bin.tmp", ".train_old.bin.previous"):
+        (out / name).write_bytes(b"mine")
+    before = {path: path.read_bytes() for path in out.iterdir()}
+    prepare(corpus, out, tokenizer=str(own.path))
+    assert {path: path.read_bytes() for path in before} == before
+    assert list(verify_data(out))
+
+
 def test_ids_beyond_16_bits(tmp_path: Path) -> None:
     byte_of = {value: character for character, value in _byte_characters().items()}
     pairs = [(byte_of[first], byte_of[second]) for first in range(256) for second in range(256)]

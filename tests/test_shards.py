@@ -439,6 +439,17 @@ def test_adopting_names_every_problem(llm_c: Path) -> None:
     assert not (llm_c / "manifest.json").exists()
 
 
+def test_adopting_keeps_a_tokenizer_file_of_the_users(llm_c: Path) -> None:
+    path = llm_c / "tokenizer.json"
+    path.write_text("{}")
+    with pytest.raises(
+        UserError, match=r"tokenizer\.json is there already and is not the tokenizer 'gpt2' of this set"
+    ):
+        adopt(llm_c, load_tokenizer("gpt2"))
+    assert path.read_text() == "{}"
+    assert not (llm_c / "manifest.json").exists()
+
+
 def test_a_missing_split_is_said(llm_c: Path, caplog: pytest.LogCaptureFixture) -> None:
     (llm_c / "fineweb_val_000000.bin").unlink()
     manifest = adopt(llm_c, load_tokenizer("gpt2"))

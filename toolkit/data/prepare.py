@@ -37,7 +37,6 @@ from toolkit.data.manifest import (
     MAX_SHARD_TOKENS,
     SCHEMA_VERSION,
     SPLITS,
-    TOKENIZER_FILE,
     Manifest,
     ShardInfo,
     Split,
@@ -45,10 +44,14 @@ from toolkit.data.manifest import (
     read_manifest,
     sync_folder,
     token_dtype,
-    write_durably,
     write_manifest,
 )
-from toolkit.data.shards import shard_bytes, shard_file_name
+from toolkit.data.shards import (
+    refuse_foreign_tokenizer_file,
+    shard_bytes,
+    shard_file_name,
+    write_tokenizer_file,
+)
 from toolkit.data.sources import HUB_PREFIX, Source, open_source
 from toolkit.data.split_writer import SplitWriter, check_content, read_ids
 from toolkit.data.tokenizer import Tokenizer, load_tokenizer
@@ -108,6 +111,7 @@ def prepare(
     source = open_source(names, text_column=text_column, revision=_pinned_revision(names, Journal.load(out)))
     with started(workers or min(usable_cores(), 1 + source.size // BYTES_PER_WORKER)) as pool:
         vocabulary = load_tokenizer(tokenizer)
+        refuse_foreign_tokenizer_file(out, vocabulary)
         job = Job(tokenizer=tokenizer, tokenizer_sha256=vocabulary.sha256, val_below=round(val_fraction * 2**64))
         if pool is not None:
             pool.begin(job)
@@ -325,8 +329,7 @@ class _Run:
         if journal.kept_tokens is not None or not all(journal.shards.values()):
             rule = LAST_TOKENS
             self._split_off_the_end(val_fraction)
-        if self.tokenizer.path is not None:
-            write_durably(self.out / TOKENIZER_FILE, self.tokenizer.path.read_bytes())
+        write_tokenizer_file(self.out, self.tokenizer)
         manifest = Manifest(
             schema_version=SCHEMA_VERSION,
             source={
@@ -340,8 +343,9 @@ class _Run:
             tokenizer=_tokenizer_info(self.tokenizer),
             splits={split: tuple(journal.shards[split]) for split in SPLITS},
         )
-        for stray in [*self.out.glob(".*.bin.tmp"), *self.out.glob(".*.bin.previous")]:
-            stray.unlink()  # of starts that were killed
+        for split, ending in itertools.product(SPLITS, ("tmp", "previous")):
+            for stray in self.out.glob(f".{split}_{'[0-9]' * 6}.bin.{ending}"):
+                stray.unlink()  # of a start that was killed
         failpoint("prepare.before-manifest")
         write_manifest(self.out, manifest)
         failpoint("prepare.after-manifest")

@@ -11,6 +11,7 @@ and size fit the manifest; every id that is read is below the vocabulary size. D
 Source of the layout: karpathy/llm.c, dev/data/data_common.py.
 """
 
+import contextlib
 import functools
 import hashlib
 import logging
@@ -406,15 +407,38 @@ def _folder_problems(folder: Path, manifest: Manifest) -> Iterator[str]:
     for path in sorted(folder.glob("*.bin")):
         if path.name not in known:
             yield f"{path} is not in {MANIFEST_FILE}; move it away or make the set again"
-    tokenizer_file = folder / TOKENIZER_FILE
-    if tokenizer_file.exists():  # the tokenizers that come with the toolkit have no file here
-        from toolkit.data.tokenizer import load_tokenizer  # it imports this module
+    try:
+        if not _fits_tokenizer_file(folder, manifest.tokenizer.sha256):
+            yield f"{folder / TOKENIZER_FILE} is not the tokenizer that {MANIFEST_FILE} names: its sha256 differs"
+    except UserError as error:
+        yield str(error)
 
-        try:
-            if load_tokenizer(str(tokenizer_file)).sha256 != manifest.tokenizer.sha256:
-                yield f"{tokenizer_file} is not the tokenizer that {MANIFEST_FILE} names: its sha256 differs"
-        except UserError as error:
-            yield str(error)
+
+def _fits_tokenizer_file(folder: Path, sha256: str) -> bool:
+    """Whether the tokenizer file in a folder, if there is one, is the tokenizer of this sha256."""
+    path = folder / TOKENIZER_FILE
+    if not path.exists():  # the tokenizers that come with the toolkit have no file here
+        return True
+    from toolkit.data.tokenizer import load_tokenizer  # slow to import, and only needed for a file
+
+    return load_tokenizer(str(path)).sha256 == sha256
+
+
+def refuse_foreign_tokenizer_file(folder: Path, tokenizer: "Tokenizer") -> None:
+    """Raises UserError if the folder holds a tokenizer file that a set of this tokenizer would replace or contradict."""
+    with contextlib.suppress(UserError):  # a file that is no tokenizer at all is foreign as well
+        if _fits_tokenizer_file(folder, tokenizer.sha256):
+            return
+    raise UserError(
+        f"{folder / TOKENIZER_FILE} is there already and is not the tokenizer {tokenizer.name!r} of this set; move it away "
+        "or use another folder"
+    )
+
+
+def write_tokenizer_file(folder: Path, tokenizer: "Tokenizer") -> None:
+    """Puts a tokenizer of one's own beside the shards; the file that may be there already is the same tokenizer."""
+    if tokenizer.path is not None and not (folder / TOKENIZER_FILE).exists():
+        write_durably(folder / TOKENIZER_FILE, tokenizer.path.read_bytes())
 
 
 def numbering_problems(names: Iterable[str]) -> Iterator[str]:
@@ -554,6 +578,7 @@ def adopt(folder: Path, tokenizer: "Tokenizer") -> Manifest:
     names = sorted(path.name for path in folder.glob("*.bin"))
     if not names:
         raise UserError(f"{folder} holds no .bin shards; `toolkit prepare PATH... --out {folder}` makes them from text")
+    refuse_foreign_tokenizer_file(folder, tokenizer)
     splits = {split: [name for name in names if _split_of(name) == split] for split in SPLITS}
     problems = [
         f"{name}: the name must hold either 'train' or 'val' to say which split it is"
@@ -597,8 +622,7 @@ def adopt(folder: Path, tokenizer: "Tokenizer") -> Manifest:
                 f"{folder}`, or remove it to adopt them as they are"
             )
         return manifest
-    if tokenizer.path is not None:
-        write_durably(folder / TOKENIZER_FILE, tokenizer.path.read_bytes())
+    write_tokenizer_file(folder, tokenizer)
     write_manifest(folder, manifest)
     return manifest
 
