@@ -93,6 +93,26 @@ def test_linked_folders_are_entered_once(tmp_path: Path) -> None:
     assert read(open_source([str(tmp_path / "real")]))[0] == ["a"]
 
 
+@pytest.mark.parametrize("backwards", [False, True])
+def test_the_order_does_not_depend_on_that_of_the_directory(
+    backwards: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "z").mkdir()
+    (tmp_path / "z" / "x.txt").write_text("x")
+    (tmp_path / "m.txt").write_text("m")
+    (tmp_path / "a").symlink_to(tmp_path / "z")
+    walk = os.walk
+
+    def in_one_order(*arguments: Any, **options: Any) -> Any:
+        for parent, folders, names in walk(*arguments, **options):
+            folders.sort(reverse=backwards)
+            yield parent, folders, names
+
+    monkeypatch.setattr(os, "walk", in_one_order)
+    source = open_source([str(tmp_path)])
+    assert [file.name for file in source.files] == ["a/x.txt", "m.txt"]
+
+
 @pytest.mark.parametrize(
     ("paths", "message"),
     [

@@ -208,7 +208,8 @@ def _files_below(folder: Path, *, without: Collection[str] = ()) -> Iterator[Pat
             folders.clear()
             continue
         entered.add(real)
-        folders[:] = [name for name in folders if not name.startswith(".") and name not in without]
+        # sorted: of two ways into a folder, the one that is taken names its files
+        folders[:] = sorted(name for name in folders if not name.startswith(".") and name not in without)
         yield from (Path(parent) / name for name in names if not name.startswith("."))
 
 
