@@ -289,6 +289,18 @@ def test_training_is_repeatable_and_the_hash_is_that_of_the_vocabulary(
     assert train_tokenizer([str(corpus)], vocab_size=1100, out=tmp_path / "less.json").sha256 != own.sha256
 
 
+def test_a_place_that_cannot_be_written_is_said_before_training(tmp_path: Path) -> None:
+    (tmp_path / "own").mkdir()
+    (tmp_path / "file").touch()
+    with pytest.raises(
+        UserError, match=r"own is a folder; name a file for the tokenizer, such as .*own/tokenizer\.json"
+    ):
+        train_tokenizer(["no such text"], vocab_size=1000, out=tmp_path / "own")
+    with pytest.raises(FileExistsError):
+        train_tokenizer(["no such text"], vocab_size=1000, out=tmp_path / "file" / "t.json")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "own"]
+
+
 def test_more_tokens_than_the_text_can_fill_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("abab abab")
     with pytest.raises(

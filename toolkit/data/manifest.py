@@ -5,6 +5,7 @@ read is bounded in size, of a known schema, with safe file names and counts that
 (`shards`).
 """
 
+import contextlib
 import errno
 import hashlib
 import json
@@ -306,12 +307,17 @@ def _no_manifest(folder: Path) -> str:
 def write_durably(path: Path, data: bytes) -> None:
     """Replaces a file by these bytes, completely or not at all, on disk when this returns."""
     temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    failpoint("shards.before-rename")
-    temporary.replace(path)
+    try:
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        failpoint("shards.before-rename")
+        temporary.replace(path)
+    except OSError:
+        with contextlib.suppress(OSError):  # the first error is the one to read
+            temporary.unlink()
+        raise
     sync_folder(path.parent)
 
 

@@ -542,7 +542,7 @@ def train_tokenizer(paths: Sequence[str], *, vocab_size: int, out: Path, text_co
 
     Ids: 256 bytes, one for each merge, and end-of-text last; as in GPT-2.
 
-    Raises: UserError if the text has too few different pairs for that many tokens.
+    Raises: UserError if `out` is a folder, or the text has too few different pairs for that many tokens.
     """
     from tokenizers import Tokenizer as Trainable  # only training needs the library
     from tokenizers import decoders, models, pre_tokenizers, trainers
@@ -553,6 +553,10 @@ def train_tokenizer(paths: Sequence[str], *, vocab_size: int, out: Path, text_co
         raise UserError(
             f"vocab_size={vocab_size} must be from 258 (256 bytes, end-of-text, one merge) to {2**24}; GPT-2 has 50257"
         )
+    out = Path(out)
+    if out.is_dir():
+        raise UserError(f"{out} is a folder; name a file for the tokenizer, such as {out / 'tokenizer.json'}")
+    out.parent.mkdir(parents=True, exist_ok=True)
     trainable = Trainable(models.BPE())
     trainable.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     trainable.decoder = decoders.ByteLevel()
@@ -567,8 +571,6 @@ def train_tokenizer(paths: Sequence[str], *, vocab_size: int, out: Path, text_co
             f"{reached + 1} tokens; use {reached + 1} or more text"
         )
     trainable.add_special_tokens([END_OF_TEXT])
-    out = Path(out)
-    out.parent.mkdir(parents=True, exist_ok=True)
     write_durably(out, trainable.to_str(pretty=True).encode())
     return _load_file(out)
 
