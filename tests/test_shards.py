@@ -14,7 +14,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.data_sets import write_set
-from toolkit.data.manifest import Manifest, ShardInfo, TokenizerInfo, read_manifest
+from toolkit import failpoint
+from toolkit.data.manifest import Manifest, ShardInfo, TokenizerInfo, read_manifest, write_durably
+from toolkit.data.prepare import prepare
 from toolkit.data.shards import ShardWriter, adopt, open_shards, shard_file_name, verify_data, write_manifest
 from toolkit.data.tokenizer import load_tokenizer
 from toolkit.errors import UserError
@@ -333,6 +335,15 @@ def test_many_shards_need_few_open_files(make_set: MakeSet) -> None:
     assert [int(shard.read(7, 1)[0]) for shard in shards[:5]] == [7, 27, 47, 67, 87]
 
 
+def test_a_write_that_fails_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "file"
+    write_durably(path, b"before")
+    monkeypatch.setenv(failpoint.VARIABLE, "shards.before-rename=fail")
+    with pytest.raises(OSError, match="No space left"):
+        write_durably(path, b"after")
+    assert [(found.name, found.read_bytes()) for found in tmp_path.iterdir()] == [("file", b"before")]
+
+
 # ------------------------------------------------------------------------------------------------------------- verify
 
 
@@ -437,6 +448,38 @@ def test_adopting_names_every_problem(llm_c: Path) -> None:
     ):
         assert part in str(caught.value)
     assert not (llm_c / "manifest.json").exists()
+
+
+def test_numbers_without_leading_zeros_are_adopted_in_their_order(tmp_path: Path) -> None:
+    for number in range(12):
+        write_llm_c(tmp_path / f"train_{number}.bin", np.arange(100 + number, dtype=np.uint16))
+    manifest = adopt(tmp_path, load_tokenizer("gpt2"))
+    assert [shard.tokens for shard in manifest.splits["train"]] == list(range(100, 112))
+    assert list(verify_data(tmp_path))
+    (tmp_path / "manifest.json").unlink()
+    (tmp_path / "train_10.bin").unlink()
+    (tmp_path / "train_5.bin").unlink()
+    with pytest.raises(UserError) as caught:
+        adopt(tmp_path, load_tokenizer("gpt2"))
+    assert "train_6.bin follows train_4.bin: train_5.bin is missing" in str(caught.value)
+    assert "train_11.bin follows train_9.bin: train_10.bin is missing" in str(caught.value)
+
+
+def test_an_unfinished_set_is_not_adopted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "x.txt").write_text("text of a few words " * 50)
+    out = tmp_path / "out"
+    monkeypatch.setenv(failpoint.VARIABLE, "prepare.before-manifest=fail")
+    with pytest.raises(UserError, match="No space left on device"):
+        prepare([str(tmp_path / "x.txt")], out=out, workers=1, progress=False)
+    monkeypatch.delenv(failpoint.VARIABLE)
+    assert len(list(out.glob("*.bin"))) == 2
+    message = (
+        f"{out} holds an unfinished data set of `toolkit prepare`; run the same prepare command again to finish it"
+    )
+    with pytest.raises(UserError, match=message):
+        adopt(out, load_tokenizer("gpt2"))
+    manifest = prepare([str(tmp_path / "x.txt")], out=out, workers=1, progress=False).manifest
+    assert read_manifest(out) == manifest
 
 
 def test_adopting_keeps_a_tokenizer_file_of_the_users(llm_c: Path) -> None:

@@ -443,17 +443,23 @@ def write_tokenizer_file(folder: Path, tokenizer: "Tokenizer") -> None:
 
 def numbering_problems(names: Iterable[str]) -> Iterator[str]:
     """A line for each hole or jump in the numbers of the names that share a prefix, in the order given."""
-    last: dict[str, int] = {}
+    last: dict[str, re.Match[str]] = {}
     for name in names:
         match = _NUMBERED.fullmatch(name)
         if not match:
             continue
-        prefix, number = match[1], int(match[2])
-        expected = last.get(prefix, number - 1) + 1
-        if number != expected:
-            width = len(match[2])
-            yield f"{name} follows {prefix}{last[prefix]:0{width}d}.bin: {prefix}{expected:0{width}d}.bin is missing"
-        last[prefix] = number
+        prefix, digits = match.groups()
+        before = last.get(prefix)
+        if before is not None and int(digits) != int(before[2]) + 1:
+            expected = f"{prefix}{int(before[2]) + 1:0{len(before[2])}d}.bin"
+            yield f"{name} follows {before[0]}: {expected} is missing"
+        last[prefix] = match
+
+
+def _by_number(name: str) -> tuple[str, str]:
+    """Sorts names by their numbers, however many digits these have."""
+    match = _NUMBERED.fullmatch(name)
+    return (f"{match[1]}{match[2]:0>20}.bin" if match else name), name
 
 
 def _shard_content_problems(path: Path, info: ShardInfo, manifest: Manifest) -> Iterator[str]:
@@ -570,14 +576,21 @@ def adopt(folder: Path, tokenizer: "Tokenizer") -> Manifest:
     bytes through the tokenizer. A name with "train" in it is of the training split, one with "val" of the validation split;
     the shards keep their names. A folder that already has the same manifest is left as it is.
 
-    Raises: UserError naming every shard that is damaged, of another vocabulary, missing in the numbering or of no split.
+    Raises: UserError naming every shard that is damaged, of another vocabulary, missing in the numbering or of no split; for
+    a folder that `prepare` has not finished, or that holds another tokenizer's file.
     """
+    from toolkit.data.journal import JOURNAL_FILE, STATE_FOLDER  # it imports all that reads text
+
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder; give the folder that holds the .bin shards")
-    names = sorted(path.name for path in folder.glob("*.bin"))
+    names = sorted((path.name for path in folder.glob("*.bin")), key=_by_number)
     if not names:
         raise UserError(f"{folder} holds no .bin shards; `toolkit prepare PATH... --out {folder}` makes them from text")
+    if (folder / STATE_FOLDER / JOURNAL_FILE).exists() and not (folder / MANIFEST_FILE).exists():
+        raise UserError(
+            f"{folder} holds an unfinished data set of `toolkit prepare`; run the same prepare command again to finish it"
+        )
     refuse_foreign_tokenizer_file(folder, tokenizer)
     splits = {split: [name for name in names if _split_of(name) == split] for split in SPLITS}
     problems = [
