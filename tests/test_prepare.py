@@ -443,6 +443,7 @@ def test_an_open_shard_that_was_changed_is_refused_and_kept(corpus: Path, refere
         assert "\n" not in str(caught.value)
     assert set_bytes(out) == before
     flip_a_bit(path, 1024 + 2 * (unfinished.open_shards["train"].tokens - 1))
+    path.with_name(f".{path.name[1:-4]}.previous").write_bytes(bytes(5000))  # of a start before, and damaged
     prepare(corpus, out)
     assert set_bytes(out) == set_bytes(reference)
 

@@ -254,11 +254,10 @@ def _read(context: ReadContext, position: Position, text_column: str) -> Iterato
         from toolkit.data.hub import read_remote
 
         yield from read_remote(context, position, text_column)
-        return
-    if context.file.format != "parquet":
+    elif context.file.format == "parquet":
+        yield from _read_parquet(context, position, text_column)
+    else:
         yield from reading.READERS[context.file.format](context, position, text_column)
-        return
-    yield from _read_parquet(context, position, text_column)
 
 
 # --- Parquet ---------------------------------------------------------------------------------------------------------

@@ -77,11 +77,14 @@ class SplitWriter:
         found = [file for file in (aside, temporary, path) if file.exists() and file.stat().st_size >= needed]
         if not found:
             raise UserError(f"{temporary} is gone or shorter than the journal says; delete {self._out} and run again")
-        if open_shard.sha256 and self._sha256(found[0], open_shard.tokens) != open_shard.sha256:
-            raise UserError(
-                f"{found[0]} was changed since the journal vouched for its {open_shard.tokens} tokens: its sha256 differs; "
-                f"put it back as it was, or delete {self._out} and run again"
-            )
+        if open_shard.sha256:
+            changed = found[0]
+            found = [file for file in found if self._sha256(file, open_shard.tokens) == open_shard.sha256]
+            if not found:
+                raise UserError(
+                    f"{changed} was changed since the journal vouched for its {open_shard.tokens} tokens: its sha256 "
+                    f"differs; put it back as it was, or delete {self._out} and run again"
+                )
         if found[0] == temporary:
             temporary.replace(aside)
             found[0] = aside
