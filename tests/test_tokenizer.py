@@ -3,6 +3,7 @@
 import hashlib
 import importlib.metadata
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -383,6 +384,14 @@ def test_other_files_are_refused(content: str, tmp_path: Path) -> None:
         load_tokenizer(str(tmp_path))
     with pytest.raises(UserError, match="does not exist; use gpt2, bytes, or a file"):
         load_tokenizer(str(tmp_path / "none.json"))
+    os.mkfifo(tmp_path / "pipe")  # opening it would wait for a writer
+    with pytest.raises(UserError, match=r"pipe is not a regular file; name a tokenizer\.json file"):
+        load_tokenizer(str(tmp_path / "pipe"))
+
+
+def test_a_link_to_a_tokenizer_file_is_followed(own: Tokenizer, tmp_path: Path) -> None:
+    (tmp_path / "link.json").symlink_to(own.path or "")
+    assert load_tokenizer(str(tmp_path / "link.json")).sha256 == own.sha256
 
 
 def test_the_pattern_spelled_out_is_the_pattern(own: Tokenizer, tmp_path: Path) -> None:

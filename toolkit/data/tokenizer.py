@@ -26,7 +26,7 @@ import numpy.typing as npt
 import tiktoken
 from tiktoken_ext.openai_public import r50k_pat_str  # type: ignore[import-untyped]
 
-from toolkit.data.manifest import token_dtype, write_durably
+from toolkit.data.manifest import open_regular, token_dtype, write_durably
 from toolkit.errors import UserError
 
 Ids = npt.NDArray[Any]
@@ -410,14 +410,15 @@ def _gpt2_candidates() -> Iterator[Path]:
 
 def _load_file(path: Path) -> Tokenizer:
     try:
-        with path.open("rb") as file:
+        with open_regular(Path(os.path.realpath(path))) as file:  # a cache of the Hub holds links
             data = file.read(MAX_TOKENIZER_BYTES + 1)
     except FileNotFoundError:
         raise UserError(
             f"tokenizer {path} does not exist; use gpt2, bytes, or a file made by `toolkit tokenizer train`"
         ) from None
-    except IsADirectoryError:
-        raise UserError(f"tokenizer {path} is a folder; name the tokenizer.json in it") from None
+    except UserError:
+        what = "a folder" if path.is_dir() else "not a regular file"
+        raise UserError(f"tokenizer {path} is {what}; name a tokenizer.json file") from None
     if len(data) > MAX_TOKENIZER_BYTES:
         raise UserError(f"tokenizer {path} is larger than {MAX_TOKENIZER_BYTES} bytes, more than any vocabulary")
     try:
