@@ -7,6 +7,7 @@ import numpy as np
 
 from toolkit.data.manifest import Manifest, ShardInfo, Split, TokenizerInfo, token_dtype, write_manifest
 from toolkit.data.shards import ShardWriter, shard_file_name
+from toolkit.data.tokenizer import load_tokenizer
 
 
 def write_set(
@@ -21,6 +22,7 @@ def write_set(
     """A data set whose shards have the token counts asked for.
 
     Token number n, counted through train and then val, is id (start + n) modulo vocab_size - 1, the end-of-text id.
+    With another vocab_size than the tokenizer's the set can be read, and `verify` says that they do not fit.
     """
     folder.mkdir(parents=True)
     splits: dict[Split, tuple[ShardInfo, ...]] = {}
@@ -33,7 +35,9 @@ def write_set(
             infos.append(writer.close())
             start += tokens
         splits[split] = tuple(infos)
-    info = TokenizerInfo(name=tokenizer, vocab_size=vocab_size, eot_id=vocab_size - 1, sha256="0" * 64)
+    info = TokenizerInfo(
+        name=tokenizer, vocab_size=vocab_size, eot_id=vocab_size - 1, sha256=load_tokenizer(tokenizer).sha256
+    )
     source = {"kind": "test", "counts": {"documents": 0}}
     write_manifest(folder, Manifest(schema_version=1, source=source, tokenizer=info, splits=splits))
     return folder

@@ -475,6 +475,18 @@ def test_a_set_far_away_is_verified_like_a_folder(server: Server, folder: Path, 
     assert "\n" not in str(caught.value)
 
 
+def test_a_manifest_far_away_is_verified_like_one_in_a_folder(server: Server, folder: Path) -> None:
+    path = folder / "manifest.json"
+    manifest = path.read_text()
+    for text in (manifest.replace("50256", "7"), manifest.replace('"documents": 0', '"documents":  0')):
+        path.write_text(text)
+        with pytest.raises(UserError) as near:
+            list(verify_data(folder))
+        with pytest.raises(UserError) as far:
+            list(verify_remote(server.url))
+        assert str(far.value) == str(near.value).replace(str(folder), server.url)
+
+
 # ---------------------------------------------------------------------------------------------------------- the Hub
 
 HUB_READER = """

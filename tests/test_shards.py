@@ -15,10 +15,11 @@ from hypothesis import strategies as st
 
 from tests.data_sets import write_set
 from toolkit import failpoint
+from toolkit.data.loader import open_data
 from toolkit.data.manifest import Manifest, ShardInfo, TokenizerInfo, read_manifest, write_durably
 from toolkit.data.prepare import prepare
 from toolkit.data.shards import ShardWriter, adopt, open_shards, shard_file_name, verify_data, write_manifest
-from toolkit.data.tokenizer import load_tokenizer
+from toolkit.data.tokenizer import load_tokenizer, train_tokenizer
 from toolkit.errors import UserError
 
 MakeSet = Callable[..., Path]
@@ -33,7 +34,7 @@ def change_manifest(folder: Path, change: Callable[[dict[str, Any]], object]) ->
     path = folder / "manifest.json"
     values = json.loads(path.read_text())
     change(values)
-    path.write_text(json.dumps(values))
+    path.write_text(json.dumps(values, sort_keys=True, indent=1) + "\n")
 
 
 def overwrite(path: Path, offset: int, data: bytes) -> None:
@@ -180,10 +181,11 @@ def test_a_manifest_is_read_strictly(
         (b"3", "schema_version=None"),
         (b'{"a": 1, "a": 2}', "holds a key twice"),
         (b'{"schema_version": NaN}', "holds NaN"),
+        (b'{"schema_version": 1e999}', "holds 1e999, which is no finite number"),
         (b" " * (16 * 2**20 + 1), "larger than 16777216 bytes"),
         (b'{"schema_version": ' + b"9" * 5000 + b"}", "is not valid JSON"),
     ],
-    ids=["cut", "not-utf8", "deep", "number", "twice", "nan", "huge", "long-number"],
+    ids=["cut", "not-utf8", "deep", "number", "twice", "nan", "infinite", "huge", "long-number"],
 )
 def test_a_file_that_is_no_manifest_is_refused(make_set: MakeSet, data: bytes, message: str) -> None:
     folder = make_set("data", [300])
@@ -356,11 +358,11 @@ def test_verify_is_content_with_a_good_set(make_set: MakeSet) -> None:
 
 
 def test_verify_names_every_problem(make_set: MakeSet) -> None:
-    folder = make_set("data", [300, 300, 300, 300, 300], vocab_size=2000)
+    folder = make_set("data", [300, 300, 300, 300, 300], vocab_size=257, tokenizer="bytes")
     overwrite(folder / "train_000000.bin", 1024 + 100, b"\0\0")  # an edited id
     overwrite(folder / "train_000001.bin", 1024 + 100, b"\xff\xff")  # an id outside the vocabulary
     os.truncate(folder / "train_000002.bin", 1100)
-    overwrite(folder / "train_000004.bin", 1024 + 100, (1999).to_bytes(2, "little"))  # a document more, a larger id
+    overwrite(folder / "train_000004.bin", 1024 + 100, (256).to_bytes(2, "little"))  # a document more, a larger id
     (folder / "train_000009.bin").write_bytes(b"")
     change_manifest(folder, lambda v: first_shard(v).update(file="train_000007.bin"))
     (folder / "train_000000.bin").rename(folder / "train_000007.bin")
@@ -372,14 +374,72 @@ def test_verify_names_every_problem(make_set: MakeSet) -> None:
         "train_000001.bin follows train_000007.bin: train_000008.bin is missing",
         "train_000009.bin is not in manifest.json",
         "train_000007.bin was changed: its sha256 is ",
-        "train_000001.bin: id 65535 at token 50 is not below vocab_size=2000",
+        "train_000001.bin: id 65535 at token 50 is not below vocab_size=257",
         "train_000002.bin has 1100 bytes, but 300 tokens",
         "train_000004.bin was changed",
-        "train_000004.bin holds ids up to 1999, not 1499",
+        "train_000004.bin holds ids up to 256, not 255",
         "train_000004.bin holds 1 document starts, not 0",
     ):
         assert part in message
     assert "\n" not in message
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        (
+            lambda v: v["tokenizer"].update(sha256="1" * 64),
+            r"tokenizer 'gpt2' is not .* its sha256 is 'f5f0.*not '1{64}'",
+        ),
+        (lambda v: v["tokenizer"].update(eot_id=40_000), r"its eot_id is 50256, not 40000"),
+        (lambda v: v["tokenizer"].update(vocab_size=50258), r"its vocab_size is 50257, not 50258"),
+        (
+            lambda v: v["tokenizer"].update(name="bytes"),
+            r"tokenizer 'bytes' is not .* its vocab_size is 257, not 50257",
+        ),
+        (lambda v: v["tokenizer"].update(name="bpe"), r"tokenizer.json is missing: .* 'bpe' of sha256 f5f0"),
+        (lambda v: v["source"]["counts"].update(documents=3), r"source.counts.documents=3 is not the sum .*, 0"),
+        (lambda v: v["source"]["counts"].update(utf8_bytes=9), r"source.counts.utf8_bytes=9 is not the sum .*, 3000"),
+    ],
+)
+def test_verify_checks_what_the_manifest_says_beside_the_shards(
+    make_set: MakeSet, change: Callable[[dict[str, Any]], object], problem: str
+) -> None:
+    folder = make_set("data", [300, 200])
+    change_manifest(folder, change)
+    with pytest.raises(UserError, match=f"{folder} has 1 problem: .*{problem}") as caught:
+        list(verify_data(folder))
+    assert "\n" not in str(caught.value)
+
+
+def test_verify_wants_the_canonical_text_whose_sha256_is_the_fingerprint(make_set: MakeSet) -> None:
+    path = make_set("data", [300]) / "manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_text())))
+    with pytest.raises(UserError, match=r"1 problem: .*manifest.json was changed: its text is not the canonical one"):
+        list(verify_data(path.parent))
+
+
+def test_a_set_without_the_file_of_its_own_tokenizer_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text("one two three two one two\n" * 20)
+    own = train_tokenizer([str(tmp_path / "text.txt")], vocab_size=260, out=tmp_path / "own.json")
+    folder = tmp_path / "set"
+    prepare([str(tmp_path / "text.txt")], out=folder, tokenizer=str(own.path), workers=1, progress=False)
+    file = folder / "tokenizer.json"
+    assert list(verify_data(folder))[-1].startswith("fingerprint ")
+    file.unlink()
+    with pytest.raises(
+        UserError, match=r"1 problem: .*tokenizer.json is missing: the set was made with a tokenizer of"
+    ):
+        list(verify_data(folder))
+    with pytest.raises(UserError, match=r"tokenizer.json is missing: .* put its file back or prepare the data again"):
+        open_data(str(folder))
+    os.mkfifo(file)  # which nobody writes to
+    with pytest.raises(UserError, match=r"1 problem: tokenizer .*tokenizer.json is not a regular file"):
+        list(verify_data(folder))
+    file.unlink()
+    file.write_text((tmp_path / "own.json").read_text().replace("Ġt", "Ġu"))
+    with pytest.raises(UserError, match=r"1 problem: .*tokenizer\.json"):
+        list(verify_data(folder))
 
 
 # -------------------------------------------------------------------------------------------------------------- adopt

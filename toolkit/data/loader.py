@@ -24,7 +24,7 @@ import torch
 import xxhash
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from toolkit.data.manifest import TOKENIZER_FILE, Manifest, Split, TokenizerInfo, is_url, read_manifest
+from toolkit.data.manifest import Manifest, Split, TokenizerInfo, is_url, own_tokenizer_file, read_manifest
 from toolkit.data.order import Int64, SampleOrder, quotas
 from toolkit.data.shards import Ids, Shard, open_shards
 from toolkit.errors import UserError
@@ -169,14 +169,13 @@ def _open_set(path: str, *, name: str, weight: float, fetcher: "Fetcher | None")
         )
     folder = Path(path)
     manifest = read_manifest(folder)
-    tokenizer_file = folder / TOKENIZER_FILE
     return DataSet(
         name=name,
         path=path,
         weight=weight,
         manifest=manifest,
         shards={split: open_shards(folder, split, manifest=manifest) for split in manifest.splits},
-        tokenizer_file=tokenizer_file if tokenizer_file.exists() else None,
+        tokenizer_file=own_tokenizer_file(folder, manifest),
     )
 
 

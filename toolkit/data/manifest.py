@@ -9,6 +9,7 @@ import contextlib
 import errno
 import hashlib
 import json
+import math
 import os
 import re
 import stat
@@ -28,6 +29,7 @@ Split = Literal["train", "val"]
 SPLITS: tuple[Split, ...] = ("train", "val")
 MANIFEST_FILE = "manifest.json"
 TOKENIZER_FILE = "tokenizer.json"  # vocabulary of a tokenizer of one's own, beside the shards
+SET_TOKENIZERS = ("gpt2", "bytes")  # come with the toolkit; a set of any other tokenizer carries its vocabulary file
 SCHEMA_VERSION = 1
 MAX_SHARD_TOKENS = 2**31 - 1  # the shard's header counts in int32
 MAX_MANIFEST_BYTES = 16 * 2**20  # about 50,000 shards; a larger file is not a manifest
@@ -179,7 +181,7 @@ def _shard_info_problems(shard: ShardInfo, tokenizer: TokenizerInfo) -> list[str
 
 def _parse_manifest(text: str) -> Manifest:
     try:
-        values = json.loads(text, object_pairs_hook=_unique_keys, parse_constant=_no_constant)
+        values = json.loads(text, object_pairs_hook=_unique_keys, parse_constant=_no_constant, parse_float=_finite)
     except UserError:
         raise
     except RecursionError:
@@ -222,7 +224,12 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _no_constant(name: str) -> Any:
-    raise UserError(f"holds {name}, which is not JSON")
+    raise UserError(f"holds {name[:80]}, which is no finite number")
+
+
+def _finite(number: str) -> float:
+    value = float(number)
+    return value if math.isfinite(value) else _no_constant(number)
 
 
 def _fields(values: Any, where: str, types: Mapping[str, type]) -> dict[str, Any]:
@@ -263,6 +270,14 @@ def read_manifest(folder: Path) -> Manifest:
 
     Raises: UserError if the folder or the manifest is missing (naming the command that makes it) or not as it should be.
     """
+    return decode_manifest(read_manifest_file(folder), where=str(Path(folder) / MANIFEST_FILE))
+
+
+def read_manifest_file(folder: Path) -> bytes:
+    """The bytes of the manifest of a data folder, at most one more than a manifest may have.
+
+    Raises: UserError if the folder or the manifest is missing (naming the command that makes it), or it is no regular file.
+    """
     folder = Path(folder)
     path = folder / MANIFEST_FILE
     if not folder.exists():
@@ -271,10 +286,10 @@ def read_manifest(folder: Path) -> Manifest:
         raise UserError(f"{folder} is not a folder; give the folder that holds {MANIFEST_FILE}")
     try:
         with open_regular(path) as file:
-            data = file.read(MAX_MANIFEST_BYTES + 1)
+            data: bytes = file.read(MAX_MANIFEST_BYTES + 1)
     except FileNotFoundError:
         raise UserError(_no_manifest(folder)) from None
-    return decode_manifest(data, where=str(path))
+    return data
 
 
 def decode_manifest(data: bytes, *, where: str) -> Manifest:
@@ -286,6 +301,22 @@ def decode_manifest(data: bytes, *, where: str) -> Manifest:
     except UnicodeDecodeError as error:
         raise UserError(f"{where} is not UTF-8 ({error.reason} at byte {error.start})") from None
     return Manifest.from_json(text, where=where)
+
+
+def own_tokenizer_file(folder: Path, manifest: Manifest) -> Path | None:
+    """The vocabulary file of a set of a tokenizer of one's own; None for the tokenizers that come with the toolkit.
+
+    Raises: UserError if the set lacks it.
+    """
+    if manifest.tokenizer.name in SET_TOKENIZERS:
+        return None
+    path = folder / TOKENIZER_FILE
+    if not path.exists():
+        raise UserError(
+            f"{path} is missing: the set was made with a tokenizer of its own, {manifest.tokenizer.name!r} of sha256 "
+            f"{manifest.tokenizer.sha256[:12]}; put its file back or prepare the data again"
+        )
+    return path
 
 
 def _how_to_make(folder: Path) -> str:

@@ -33,6 +33,7 @@ from typing import Any
 from toolkit.data.manifest import (
     MANIFEST_FILE,
     MAX_MANIFEST_BYTES,
+    SET_TOKENIZERS,
     TOKENIZER_FILE,
     Manifest,
     ShardInfo,
@@ -46,9 +47,11 @@ from toolkit.data.shards import (
     Shard,
     content_problems,
     header_problem,
+    manifest_problems,
     read_at,
     scan_shard,
     shard_bytes,
+    tokenizer_problems,
     verify_shards,
 )
 from toolkit.errors import UserError, describe_os_error
@@ -68,7 +71,6 @@ NO_ROOM_SECONDS = 60.0  # a shard that is needed now and finds no room for this 
 REPORT_SECONDS = 10.0  # between log lines while a step waits for the link
 FETCH_AGAIN = 1  # fetches after one that failed its hash
 MAX_TOKENIZER_BYTES = 64 * 2**20
-SET_TOKENIZERS = ("gpt2", "bytes")  # come with the toolkit; a set of any other tokenizer carries its vocabulary file
 
 LINK_ERRORS = (OSError, http.client.HTTPException, EOFError)
 
@@ -647,7 +649,8 @@ def open_remote(url: str, *, name: str, fetcher: Fetcher) -> RemoteSet:
     Raises: UserError if they cannot be read or the manifest is not as it should be. The tokenizer is checked by who loads it.
     """
     source = RemoteFolder(url)
-    manifest = _read_manifest(source)
+    data = source.read_small(MANIFEST_FILE, limit=MAX_MANIFEST_BYTES)
+    manifest = decode_manifest(data, where=f"{source.where}/{MANIFEST_FILE}")
     folder = manifest.fingerprint[:32]
     keys = {
         split: [_Key(folder=folder, info=info, manifest=manifest, source=source) for info in infos]
@@ -682,18 +685,15 @@ def open_remote(url: str, *, name: str, fetcher: Fetcher) -> RemoteSet:
     )
 
 
-def _read_manifest(source: RemoteFolder) -> Manifest:
-    data = source.read_small(MANIFEST_FILE, limit=MAX_MANIFEST_BYTES)
-    return decode_manifest(data, where=f"{source.where}/{MANIFEST_FILE}")
-
-
 def verify_remote(url: str) -> Iterator[str]:
     """Reads every byte of the set behind a URL, keeping none, and compares it with the manifest there; lines as for a folder.
 
     Raises: UserError at the end, naming every problem; shards that the manifest does not know cannot be seen from here.
     """
     source = RemoteFolder(url)
-    manifest = _read_manifest(source)
+    manifest_url = f"{source.where}/{MANIFEST_FILE}"
+    data = source.read_small(MANIFEST_FILE, limit=MAX_MANIFEST_BYTES)
+    manifest = decode_manifest(data, where=manifest_url)
 
     def problems_of(info: ShardInfo) -> Iterator[str]:
         where, size = f"{source.where}/{info.file}", shard_bytes(info.tokens, manifest.dtype)
@@ -705,21 +705,23 @@ def verify_remote(url: str) -> Iterator[str]:
         else:
             yield from content_problems(found, info, where=where)
 
-    return verify_shards(
-        manifest, where=source.where, known_problems=_tokenizer_problems(source, manifest), problems_of=problems_of
-    )
+    known_problems = [
+        *manifest_problems(data, manifest, where=manifest_url),
+        *_tokenizer_problems(source, manifest),
+    ]
+    return verify_shards(manifest, where=source.where, known_problems=known_problems, problems_of=problems_of)
 
 
 def _tokenizer_problems(source: RemoteFolder, manifest: Manifest) -> Iterator[str]:
     if manifest.tokenizer.name in SET_TOKENIZERS:
+        yield from tokenizer_problems(manifest.tokenizer, None)
         return
-    from toolkit.data.tokenizer import load_tokenizer  # only a tokenizer of one's own has a file here
-
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder) / TOKENIZER_FILE
         try:
             copy.write_bytes(source.read_small(TOKENIZER_FILE, limit=MAX_TOKENIZER_BYTES))
-            if load_tokenizer(str(copy)).sha256 != manifest.tokenizer.sha256:
-                yield f"{source.where}/{TOKENIZER_FILE} is not the tokenizer that {MANIFEST_FILE} names: its sha256 differs"
         except UserError as error:
-            yield str(error).replace(str(copy), f"{source.where}/{TOKENIZER_FILE}")
+            yield str(error)
+            return
+        for problem in tokenizer_problems(manifest.tokenizer, copy):
+            yield problem.replace(str(copy), f"{source.where}/{TOKENIZER_FILE}")

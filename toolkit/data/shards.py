@@ -39,9 +39,12 @@ from toolkit.data.manifest import (
     ShardInfo,
     Split,
     TokenizerInfo,
+    decode_manifest,
     is_safe_shard_name,
     open_regular,
+    own_tokenizer_file,
     read_manifest,
+    read_manifest_file,
     sync_folder,
     token_dtype,
     write_durably,
@@ -369,14 +372,19 @@ def verify_data(folder: Path) -> Iterator[str]:
     """Reads every byte of a data set and compares it with the manifest; yields a line per shard and problem.
 
     Raises: UserError at the end, naming every problem: kind, size, header, sha256, ids outside the vocabulary, counts that
-    differ, holes in the numbering, shards that the manifest does not know.
+    differ, holes in the numbering, shards that the manifest does not know, a tokenizer that is not the one it names, and
+    text of the manifest that is not canonical.
     """
     folder = Path(folder)
-    manifest = read_manifest(folder)
+    data, path = read_manifest_file(folder), folder / MANIFEST_FILE
+    manifest = decode_manifest(data, where=str(path))
     return verify_shards(
         manifest,
         where=str(folder),
-        known_problems=_folder_problems(folder, manifest),
+        known_problems=[
+            *manifest_problems(data, manifest, where=str(path)),
+            *_folder_problems(folder, manifest),
+        ],
         problems_of=lambda info: _shard_content_problems(folder / info.file, info, manifest),
     )
 
@@ -408,30 +416,61 @@ def _folder_problems(folder: Path, manifest: Manifest) -> Iterator[str]:
         if path.name not in known:
             yield f"{path} is not in {MANIFEST_FILE}; move it away or make the set again"
     try:
-        if not _fits_tokenizer_file(folder, manifest.tokenizer.sha256):
-            yield f"{folder / TOKENIZER_FILE} is not the tokenizer that {MANIFEST_FILE} names: its sha256 differs"
+        tokenizer_file = own_tokenizer_file(folder, manifest)
     except UserError as error:
         yield str(error)
+    else:
+        yield from tokenizer_problems(manifest.tokenizer, tokenizer_file)
 
 
-def _fits_tokenizer_file(folder: Path, sha256: str) -> bool:
-    """Whether the tokenizer file in a folder, if there is one, is the tokenizer of this sha256."""
-    path = folder / TOKENIZER_FILE
-    if not path.exists():  # the tokenizers that come with the toolkit have no file here
-        return True
-    from toolkit.data.tokenizer import load_tokenizer  # slow to import, and only needed for a file
+def manifest_problems(data: bytes, manifest: Manifest, *, where: str) -> Iterator[str]:
+    """A line for each thing in the bytes of a manifest that its reader lets pass: text that is not canonical, and counts
+    of the source that are not the sums over the shards."""
+    if data != manifest.to_json().encode():
+        yield (
+            f"{where} was changed: its text is not the canonical one that the toolkit writes, so that its sha256 is not the "
+            "fingerprint; put the file back as it was made"
+        )
+    counts = manifest.source.get("counts")
+    if not isinstance(counts, dict):  # shards that were adopted have no known source
+        return
+    for name in ("documents", "utf8_bytes"):
+        total = sum(manifest.totals(split)[name] for split in SPLITS)
+        if name in counts and counts[name] != total:
+            yield f"{where}: source.counts.{name}={counts[name]!r} is not the sum over the shards, {total}"
 
-    return load_tokenizer(str(path)).sha256 == sha256
+
+def tokenizer_problems(info: TokenizerInfo, file: Path | None) -> Iterator[str]:
+    """A line if the tokenizer in `file`, or (None) the one that comes with the toolkit, is not the one that is described."""
+    from toolkit.data.tokenizer import load_tokenizer
+
+    try:
+        tokenizer = load_tokenizer(info.name if file is None else str(file))
+    except UserError as error:
+        yield str(error)
+        return
+    differing = [
+        f"{field} is {getattr(tokenizer, field)!r}, not {getattr(info, field)!r}"
+        for field in TokenizerInfo.__annotations__
+        if getattr(tokenizer, field) != getattr(info, field)
+    ]
+    if differing:
+        what = f"the toolkit's tokenizer {info.name!r}" if file is None else str(file)
+        yield f"{what} is not the one that {MANIFEST_FILE} describes: its {', its '.join(differing)}"
 
 
 def refuse_foreign_tokenizer_file(folder: Path, tokenizer: "Tokenizer") -> None:
     """Raises UserError if the folder holds a tokenizer file that a set of this tokenizer would replace or contradict."""
+    path = folder / TOKENIZER_FILE
+    if not path.exists():
+        return
+    from toolkit.data.tokenizer import load_tokenizer
+
     with contextlib.suppress(UserError):  # a file that is no tokenizer at all is foreign as well
-        if _fits_tokenizer_file(folder, tokenizer.sha256):
+        if load_tokenizer(str(path)).sha256 == tokenizer.sha256:
             return
     raise UserError(
-        f"{folder / TOKENIZER_FILE} is there already and is not the tokenizer {tokenizer.name!r} of this set; move it away "
-        "or use another folder"
+        f"{path} is there already and is not the tokenizer {tokenizer.name!r} of this set; move it away or use another folder"
     )
 
 
