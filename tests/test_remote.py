@@ -1,5 +1,6 @@
 """Sets far away: the same samples as a local set, whatever the link does, within a bounded cache that processes share."""
 
+import base64
 import errno
 import fcntl
 import http.server
@@ -98,7 +99,7 @@ def server(folder: Path) -> Iterator[Server]:
 
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    monkeypatch.setenv("no_proxy", "127.0.0.1,localhost")
     monkeypatch.setattr(remote, "FIRST_BACKOFF_SECONDS", 0.01)
     monkeypatch.setattr(remote, "OUTAGE_SECONDS", 0.5)
     monkeypatch.setattr(remote, "OPEN_OUTAGE_SECONDS", 0.1)
@@ -314,6 +315,18 @@ def longer(handler: http.server.BaseHTTPRequestHandler, data: bytes) -> bool:
     return True
 
 
+def chunked_without_end(handler: http.server.BaseHTTPRequestHandler, data: bytes) -> bool:
+    """Every byte in one chunk, but not the empty chunk that says that it was the last."""
+    if handler.headers.get("Range") == f"bytes={len(data)}-":
+        handler.send_error(416)
+        return True
+    handler.send_response(200)
+    handler.send_header("Transfer-Encoding", "chunked")
+    handler.end_headers()
+    handler.wfile.write(f"{len(data):x}\r\n".encode() + data + b"\r\n")
+    return True
+
+
 def status(code: int) -> Fault:
     def answer(handler: http.server.BaseHTTPRequestHandler, data: bytes) -> bool:
         handler.send_error(code)
@@ -339,6 +352,17 @@ def test_a_fault_that_passes_changes_nothing(folder: Path, tmp_path: Path, fault
             assert server.starts["train_000001.bin", 700] == 1  # it went on where the connection stopped
     finally:
         server.close()
+
+
+def test_a_connection_lost_after_the_last_byte_loses_nothing(server: Server, folder: Path, tmp_path: Path) -> None:
+    server.faults = {f"train_{index:06d}.bin": chunked_without_end for index in range(SHARDS)}
+    count = SHARDS * PER_SHARD
+    assert digests_of(server.url, count, cache=tmp_path / "cache") == digests_of(str(folder), count)
+    assert server.starts["train_000001.bin", SHARD_BYTES] == server.starts["train_000001.bin", 0]
+    assert list(verify_remote(server.url)) == list(verify_data(folder))
+    os.truncate(folder / "train_000001.bin", SHARD_BYTES - 2)
+    with pytest.raises(UserError, match=rf"1 problem: .*train_000001.bin has {SHARD_BYTES - 2} bytes, but the"):
+        list(verify_remote(server.url))
 
 
 def test_a_link_that_drops_again_and_again_gets_there(server: Server, folder: Path, tmp_path: Path) -> None:
@@ -433,6 +457,75 @@ def test_a_query_in_the_url_goes_along_and_stays_out_of_messages(server: Server,
     with pytest.raises(UserError) as caught:
         sample_windows(data, 0, SHARDS * PER_SHARD, **SETTINGS)
     assert "hunter2" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("given", "asked"),
+    [
+        ("données/set 1", "/donn%C3%A9es/set%201/manifest.json"),
+        ("donn%C3%A9es/set%201/", "/donn%C3%A9es/set%201/manifest.json"),
+        ("a+b@c=d?sig=a%2Fb=&name=é", "/a+b@c=d/manifest.json?sig=a%2Fb=&name=%C3%A9"),
+    ],
+)
+def test_a_url_is_quoted_where_it_is_not(server: Server, tmp_path: Path, given: str, asked: str) -> None:
+    paths = []
+    server.faults["manifest.json"] = lambda handler, data: bool(paths.append(handler.path))
+    data = open_data(f"{server.url.removesuffix('data')}{given}", cache_dir=str(tmp_path), cache_gib=ROOM_GIB)
+    assert paths == [asked]
+    assert data.sets[0].path.endswith(given.partition("?")[0].rstrip("/"))
+
+
+@pytest.mark.parametrize(
+    ("url", "message"),
+    [
+        ("http://[::1/x", r"^http://\[::1/x: Invalid IPv6 URL; use a URL such as https://HOST:PORT/FOLDER$"),
+        ("http://host:abc/x", r"^http://host:abc/x: Port could not be cast .*; use a URL"),
+        ("http://user:hunter2@host:70000/x", r"^http://host:70000/x: Port out of range"),
+        ("http:///x", r"^http:///x names no host; use a URL"),
+        ("https://my host/x", r"^https://my host/x names no host; use a URL"),
+        (f"http://{'é' * 70}.org/x", r"label .*; use a URL"),
+    ],
+)
+def test_a_url_that_can_never_work_is_refused_at_once(tmp_path: Path, url: str, message: str) -> None:
+    for use in (verify_remote, lambda url: open_data(url, cache_dir=str(tmp_path))):
+        with pytest.raises(UserError, match=message) as caught:
+            list(use(url))
+        assert "\n" not in str(caught.value)
+        assert "hunter2" not in str(caught.value)
+
+
+def test_user_and_password_are_sent_to_the_host_itself_and_never_named(
+    server: Server, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    headers = []
+
+    def note(handler: http.server.BaseHTTPRequestHandler, data: bytes) -> bool:
+        headers.append(handler.headers.get("Authorization"))
+        return False
+
+    def redirect(handler: http.server.BaseHTTPRequestHandler, data: bytes) -> bool:
+        headers.append(handler.headers.get("Authorization"))
+        handler.send_response(302)
+        handler.send_header("Location", server.url.replace("127.0.0.1", "localhost") + "/train_000001.bin")
+        handler.end_headers()
+        return True
+
+    server.faults = {
+        "manifest.json": note,
+        "val_000000.bin": redirect,
+        "train_000001.bin": note,
+        "train_000002.bin": status(500),
+    }
+    url = server.url.replace("http://", "http://me:hunter%402@")
+    with pytest.raises(
+        UserError, match=r"3 problems: .*train_000002.bin: no progress .*val_000000.bin was changed"
+    ) as far:
+        list(verify_remote(url))
+    sent = "Basic " + base64.b64encode(b"me:hunter@2").decode()
+    assert headers == [sent, sent, sent, None]  # manifest, shard, shard that lies elsewhere, shard at the other host
+    data = open_data(url.removesuffix("/data"), cache_dir=str(tmp_path), cache_gib=ROOM_GIB)
+    for text in (str(far.value), caplog.text, data.sets[0].name, data.sets[0].path):
+        assert "hunter" not in text
 
 
 def test_a_full_disk_is_one_clear_line(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,7 +24,7 @@ import torch
 import xxhash
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from toolkit.data.manifest import Manifest, Split, TokenizerInfo, is_url, own_tokenizer_file, read_manifest
+from toolkit.data.manifest import Manifest, Split, TokenizerInfo, is_url, own_tokenizer_file, read_manifest, safe_url
 from toolkit.data.order import Int64, SampleOrder, quotas
 from toolkit.data.shards import Ids, Shard, open_shards
 from toolkit.errors import UserError
@@ -146,7 +146,7 @@ def _describe(tokenizer: TokenizerInfo) -> str:
 
 
 def _unique_names(paths: Sequence[str]) -> list[str]:
-    names = [path.rstrip("/").split("?")[0].rpartition("/")[2] or path for path in paths]
+    names = [(safe_url(path) if is_url(path) else path).rstrip("/").rpartition("/")[2] or path for path in paths]
     if len(set(names)) < len(names):
         return [f"{name}-{number}" for number, name in enumerate(names, start=1)]
     return names

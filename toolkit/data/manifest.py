@@ -250,6 +250,13 @@ def is_url(path: str) -> bool:
     return "://" in path
 
 
+def safe_url(url: str) -> str:
+    """The URL without user, password, query and fragment, which may hold secrets: for messages."""
+    scheme, separator, rest = url.partition("://")  # by hand, because it has to name URLs that `urlsplit` refuses
+    host, slash, path = re.split(r"[?#]", rest, maxsplit=1)[0].partition("/")
+    return f"{scheme}{separator}{host.rpartition('@')[2]}{slash}{path}"
+
+
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Writes `manifest.json`, the mark that the data set is complete.
 

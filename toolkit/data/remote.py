@@ -11,6 +11,7 @@ fails is tried again with back-off, a shard that fails its hash is fetched once 
 the order (`order`), or trust a cached file without hashing it.
 """
 
+import base64
 import contextlib
 import functools
 import hashlib
@@ -40,6 +41,7 @@ from toolkit.data.manifest import (
     Split,
     decode_manifest,
     open_regular,
+    safe_url,
     write_durably,
 )
 from toolkit.data.shards import (
@@ -72,13 +74,34 @@ REPORT_SECONDS = 10.0  # between log lines while a step waits for the link
 FETCH_AGAIN = 1  # fetches after one that failed its hash
 MAX_TOKENIZER_BYTES = 64 * 2**20
 
+# What has a meaning in a path or query; "%" begins what is quoted already. Source: RFC 3986, sec. 2.2 and 3.3.
+URL_CHARACTERS = "%/?:@!$&'()*+,;=~"
+
 LINK_ERRORS = (OSError, http.client.HTTPException, EOFError)
 
 
-def safe_url(url: str) -> str:
-    """The URL without user, password, query and fragment, which may hold secrets: for messages."""
-    parts = urllib.parse.urlsplit(url)
-    return urllib.parse.urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
+def _request_parts(url: str) -> tuple[urllib.parse.SplitResult, str | None]:
+    """The URL as a request may hold it: without user and fragment, its host in IDNA, nothing left to quote; and the value
+    of the Authorization header that user and password make.
+
+    Raises: UserError if no server can ever be asked for it.
+    """
+    try:
+        parts = urllib.parse.urlsplit(url)
+        host, port = (parts.hostname or "").encode("idna").decode(), parts.port
+    except ValueError as error:
+        raise UserError(f"{safe_url(url)}: {error}; use a URL such as https://HOST:PORT/FOLDER") from None
+    if not host or re.search(r"[\x00-\x20\x7f]", host):
+        raise UserError(f"{safe_url(url)} names no host; use a URL such as https://HOST:PORT/FOLDER")
+    host = f"[{host}]" if ":" in host else host
+    authorization = None
+    if parts.username is not None:
+        user, password = (urllib.parse.unquote(part or "") for part in (parts.username, parts.password))
+        authorization = f"Basic {base64.b64encode(f'{user}:{password}'.encode()).decode()}"
+    path, query = (urllib.parse.quote(part, safe=URL_CHARACTERS) for part in (parts.path.rstrip("/"), parts.query))
+    return parts._replace(
+        netloc=host if port is None else f"{host}:{port}", path=path, query=query, fragment=""
+    ), authorization
 
 
 def _one_safe_line(text: str) -> str:
@@ -98,20 +121,24 @@ class RemoteFolder:
     """Files of a folder far away, as streams of bytes from any offset."""
 
     def __init__(self, url: str) -> None:
+        """Raises: UserError for a URL that can never work."""
         self.url = url
         self.where = safe_url(url).rstrip("/")
+        self._http = _request_parts(url) if url.startswith(("http://", "https://")) else None
 
     def stream(self, name: str, start: int) -> Generator[bytes, None, None]:
-        """The bytes of a file from an offset on.
+        """The bytes of a file from an offset on; none if it ends before.
 
         Raises: UserError for what will not pass (no such file, no access, a package that is missing); _LinkError for what may.
         """
         try:
-            if self.url.startswith(("http://", "https://")):
-                yield from self._stream_http(name, start)
+            if self._http is not None:
+                yield from self._stream_http(*self._http, name, start)
             else:
                 yield from self._stream_fsspec(name, start)
         except urllib.error.HTTPError as error:
+            if error.code == 416 and start:  # there is nothing from `start` on
+                return
             if error.code in (408, 425, 429) or error.code >= 500:
                 raise _LinkError(f"HTTP status {error.code}") from None
             raise UserError(
@@ -124,14 +151,15 @@ class RemoteFolder:
         except LINK_ERRORS as error:
             raise _LinkError(f"{type(error).__name__}: {error}" if str(error) else type(error).__name__) from None
 
-    def _stream_http(self, name: str, start: int) -> Iterator[bytes]:
-        parts = urllib.parse.urlsplit(self.url)
-        host = parts.netloc.rpartition("@")[2]
-        path = f"{parts.path.rstrip('/')}/{urllib.parse.quote(name)}"
+    def _stream_http(
+        self, folder: urllib.parse.SplitResult, authorization: str | None, name: str, start: int
+    ) -> Iterator[bytes]:
         request = urllib.request.Request(  # noqa: S310 - the caller has checked the scheme
-            urllib.parse.urlunsplit((parts.scheme, host, path, parts.query, "")),
+            folder._replace(path=f"{folder.path}/{urllib.parse.quote(name)}").geturl(),
             headers={"Accept-Encoding": "identity"},
         )
+        if authorization is not None:
+            request.add_unredirected_header("Authorization", authorization)  # another host must not read it
         if start:
             request.add_header("Range", f"bytes={start}-")
         with urllib.request.urlopen(request, timeout=READ_TIMEOUT_SECONDS) as response:  # noqa: S310
