@@ -255,6 +255,48 @@ def test_a_cache_that_is_too_small_is_refused_with_numbers(server: Server, tmp_p
         training_loader(data, position=0, micro_batch_size=1, **SETTINGS)
 
 
+def test_a_cache_too_small_for_the_shards_of_one_batch_is_refused_at_once(tmp_path: Path) -> None:
+    tiny = write_set(tmp_path / "tiny", [52] * 30, val=[52] * 8)  # shards of 3 windows
+    server = Server(tiny)
+    try:
+        data = open_data(server.url, cache_dir=str(tmp_path / "cache"), cache_gib=8.5 * (1024 + 2 * 52) / 2**30)
+        with pytest.raises(
+            UserError,
+            match=r"^data.cache_gib=.* is too small: this group of data.shuffle_group_shards=2 shards, the next one, "
+            r"3 shards that a micro-batch of 11 windows may cover in between and the validation shards take",
+        ):
+            training_loader(data, position=0, micro_batch_size=11, **SETTINGS)
+        batches = iter(training_loader(data, position=0, micro_batch_size=7, **SETTINGS))
+        for _ in range(30):  # every way in which a batch can lie
+            next(batches)
+        validation = validation_loader(data.sets[0], sequence_length=16, max_tokens=10**6, micro_batch_size=24)
+        with pytest.raises(
+            UserError,
+            match=r"^data.cache_gib=.* is too small: a micro-batch of training and one of validation lie in 1[0-2] shards "
+            r"of .* GiB; use --data.cache-gib 0.1, smaller micro-batches, or larger shards$",
+        ):
+            validation[0]
+    finally:
+        server.close()
+
+
+def test_what_is_needed_soon_makes_way_for_what_is_needed_now(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(remote, "NO_ROOM_SECONDS", 1.5)
+    data = open_data(server.url, cache_dir=str(tmp_path / "cache"), cache_gib=ROOM_GIB)
+    batches = iter(training_loader(data, position=2 * PER_SHARD - 1, micro_batch_size=2, **SETTINGS))
+    next(batches)  # in two groups; the third one then fills the cache
+    deadline = time.monotonic() + 5
+    while len(list((tmp_path / "cache").rglob("train*.bin"))) < 6 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert len(list((tmp_path / "cache").rglob("*.bin"))) == 6
+    validation = validation_loader(data.sets[0], sequence_length=16, max_tokens=500, micro_batch_size=4)
+    assert validation[PER_SHARD // 4]["digest"].shape == (4,)  # in two shards
+    for _ in range(SHARDS * PER_SHARD):
+        next(batches)
+
+
 def test_what_a_cache_held_before_is_hashed_before_it_is_used(server: Server, folder: Path, tmp_path: Path) -> None:
     cache, count = tmp_path / "cache", SHARDS * PER_SHARD
     expected = digests_of(str(folder), count)

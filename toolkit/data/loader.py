@@ -320,7 +320,12 @@ def training_loader(
     """
     order = sample_order(data, sequence_length=sequence_length, seed=seed, shuffle_group_shards=shuffle_group_shards)
     _report_unused(data, sequence_length=sequence_length)
-    _check_room(data, shuffle_group_shards=shuffle_group_shards)
+    _check_room(
+        data,
+        sequence_length=sequence_length,
+        micro_batch_size=micro_batch_size,
+        shuffle_group_shards=shuffle_group_shards,
+    )
     return DataLoader(
         TrainingWindows(data, order, sequence_length=sequence_length),
         batch_sampler=EndlessBatches(position=position, batch_size=micro_batch_size),
@@ -346,24 +351,38 @@ def _report_unused(data: Data, *, sequence_length: int) -> None:
             )  # fmt: skip
 
 
-def _check_room(data: Data, *, shuffle_group_shards: int) -> None:
-    remote = [data_set.remote for data_set in data.sets if data_set.remote is not None]
+def _check_room(data: Data, *, sequence_length: int, micro_batch_size: int, shuffle_group_shards: int) -> None:
+    remote: list[tuple[RemoteSet, int]] = []
+    for data_set in data.sets:
+        if data_set.remote is not None:
+            counts = window_counts(data_set, "train", sequence_length=sequence_length)
+            remote.append((data_set.remote, _most_shards_inside(counts, micro_batch_size)))
     if not remote:
         return
-    limit = remote[0].fetcher.limit_bytes
-    needed = sum(one.room_needed(shuffle_group_shards=shuffle_group_shards) for one in remote)
-    if needed > limit:
-        fitting = [
-            group
-            for group in range(1, shuffle_group_shards)
-            if sum(one.room_needed(shuffle_group_shards=group) for one in remote) <= limit
-        ]
+
+    def needed(group: int) -> int:
+        return sum(one.room_needed(shuffle_group_shards=group, shards_between=between) for one, between in remote)
+
+    limit, room = remote[0][0].fetcher.limit_bytes, needed(shuffle_group_shards)
+    if room > limit:
+        fitting = [group for group in range(1, shuffle_group_shards) if needed(group) <= limit]
+        between = sum(count for _, count in remote)
         raise UserError(
             f"data.cache_gib={limit / 2**30:g} is too small: this group of data.shuffle_group_shards={shuffle_group_shards} "
-            f"shards, the next one and the validation shards take {needed / 2**30:.3g} GiB; use --data.cache-gib "
-            f"{math.ceil(needed / 2**30 * 10) / 10:g}"
+            "shards, the next one"
+            + (
+                f", {between} shards that a micro-batch of {micro_batch_size} windows may cover in between"
+                * bool(between)
+            )
+            + f" and the validation shards take {room / 2**30:.3g} GiB; use --data.cache-gib "
+            f"{math.ceil(room / 2**30 * 10) / 10:g}"
             + (f" or --data.shuffle-group-shards {fitting[-1]}" if fitting else "")
         )
+
+
+def _most_shards_inside(counts: Int64, micro_batch_size: int) -> int:
+    """How many whole shards a micro-batch may hold that begins before them and ends behind them."""
+    return int(np.searchsorted(np.cumsum(np.sort(counts[counts > 0])), micro_batch_size - 2, side="right"))
 
 
 class ValidationBatches(Sequence[Batch]):

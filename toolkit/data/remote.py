@@ -17,6 +17,7 @@ import functools
 import hashlib
 import http.client
 import logging
+import math
 import os
 import re
 import tempfile
@@ -414,9 +415,13 @@ class Fetcher:
         return self._cache.limit_bytes
 
     def need(self, name: tuple[str, Split], now: Sequence[_Key], soon: Sequence[_Key]) -> None:
-        """Replaces what a split of a set needs: `now` is fetched first, then `soon`; what nobody needs is dropped."""
+        """Replaces what a split of a set needs: `now` is fetched first, then `soon`; what nobody needs is dropped.
+
+        Raises: UserError if the cache can never hold at one time what all splits and sets need now.
+        """
         with self._changed:
             self._needs[name] = (list(now), list(soon))
+            self._check_room()
             self._failed.clear()  # what failed while it was not urgent may be had by now
             urgent, kept = self._urgent(), self._kept()
             for key in self._ready & urgent:
@@ -429,6 +434,16 @@ class Fetcher:
             if self.total_bytes > self.limit_bytes:  # sets that fit as a whole stay, for the next epoch
                 self._discarded += unneeded
             self._start_threads()
+
+    def _check_room(self) -> None:
+        needed = {key for now, _ in self._needs.values() for key in now}
+        size = sum(key.size for key in needed)
+        if size > self.limit_bytes:
+            raise UserError(
+                f"data.cache_gib={self.limit_bytes / 2**30:g} is too small: a micro-batch of training and one of validation "
+                f"lie in {len(needed)} shards of {size / 2**30:.3g} GiB; use --data.cache-gib "
+                f"{math.ceil(size / 2**30 * 10) / 10:g}, smaller micro-batches, or larger shards"
+            )
 
     def _hold_ready(self, key: _Key) -> None:
         """Opens a shard that was fetched earlier; if it was removed since, it is to be fetched again."""
@@ -496,7 +511,7 @@ class Fetcher:
     def work_once(self) -> bool:
         """Drops what is not needed and fetches one shard that is; False once a thread has nothing left to do."""
         with self._changed:
-            kept, discarded, pending = self._kept(), self._discarded, self._pending()
+            urgent, kept, discarded, pending = self._urgent(), self._kept(), self._discarded, self._pending()
             self._discarded = []
             now = time.monotonic()
             key = next((key for key in pending if self._deferred.get(key, (0.0,))[0] <= now), None)
@@ -512,7 +527,7 @@ class Fetcher:
                 with contextlib.suppress(OSError):  # what stays is removed when its room is needed
                     self._cache.remove(unneeded)
         if key is not None:
-            self._fetch_and_record(key, kept)
+            self._fetch_and_record(key, urgent if key in urgent else kept)  # what is needed soon makes way
         return True
 
     def _fetch_and_record(self, key: _Key, kept: frozenset[_Key]) -> None:
@@ -653,10 +668,10 @@ class RemoteSet:
         keys = self.keys[split]
         self.fetcher.need((self.name, split), [keys[index] for index in now], [keys[index] for index in soon])
 
-    def room_needed(self, *, shuffle_group_shards: int) -> int:
-        """Bytes of cache for two groups of training shards, the current and the next, and two validation shards."""
+    def room_needed(self, *, shuffle_group_shards: int, shards_between: int) -> int:
+        """The most bytes of cache for two groups of training shards, those in between, and two validation shards."""
         train, val = (sorted((key.size for key in self.keys[split]), reverse=True) for split in ("train", "val"))
-        return sum(train[: 2 * shuffle_group_shards]) + sum(val[:2])
+        return sum(train[: 2 * shuffle_group_shards + shards_between]) + sum(val[:2])
 
 
 def default_cache_dir() -> Path:
