@@ -312,6 +312,8 @@ def test_the_fingerprint_of_a_mixture_covers_sets_and_shares(make_set: MakeSet) 
 def test_a_folder_whose_name_ends_like_a_weight_can_be_given_with_one(make_set: MakeSet) -> None:
     folder = make_set("lr=0.5", [300])
     assert open_data([f"{folder}=1"]).sets[0].path == str(folder)
+    assert open_data([str(folder)]).sets[0].path == str(folder)
+    assert open_data([str(folder), str(make_set("date=2024", [300]))]).sets[1].weight == 0.5
     assert open_data([str(make_set("a=b", [300]))]).sets[0].name == "a=b"
 
 

@@ -491,6 +491,27 @@ def test_a_set_that_cannot_be_opened_is_one_clear_line(server: Server, tmp_path:
         open_data("s3://bucket/x", cache_dir=cache)
 
 
+@pytest.mark.parametrize(
+    ("given", "query", "shares"),
+    [
+        ("?expires=1700000000", "expires=1700000000", [0.5, 0.5]),
+        ("?name=a&expires=1700000000", "name=a&expires=1700000000", [0.5, 0.5]),
+        ("?expires=1700000000=3", "expires=1700000000", [0.75, 0.25]),
+        ("?signature=ab==3", "signature=ab=", [0.75, 0.25]),
+        ("=3", "", [0.75, 0.25]),
+    ],
+)
+def test_a_number_in_a_query_is_no_weight(
+    server: Server, folder: Path, tmp_path: Path, given: str, query: str, shares: list[float]
+) -> None:
+    asked = []
+    server.faults["manifest.json"] = lambda handler, data: bool(asked.append(handler.path.partition("?")[2]))
+    second = f"{folder}=1" if shares[0] > 0.5 else str(folder)
+    data = open_data([server.url + given, second], cache_dir=str(tmp_path), cache_gib=ROOM_GIB)
+    assert asked == [query]
+    assert [data_set.weight for data_set in data.sets] == shares
+
+
 def test_a_query_in_the_url_goes_along_and_stays_out_of_messages(server: Server, tmp_path: Path) -> None:
     data = open_data(server.url + "?signature=hunter2", cache_dir=str(tmp_path), cache_gib=ROOM_GIB)
     assert data.sets[0].path == server.url

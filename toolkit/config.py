@@ -105,7 +105,7 @@ def gpt2_config(size: str, **fields: Any) -> GPT2Config:
 class DataConfig:
     """What the run reads."""
 
-    path: tuple[str, ...] = ("data/fineweb-edu-10b",)  # prepared sets; several are mixed by weight: DIR=0.7 DIR=0.3 [folder or fsspec URL]
+    path: tuple[str, ...] = ("data/fineweb-edu-10b",)  # prepared sets; several are mixed by weight: DIR=0.7 DIR=0.3; a URL whose path ends in =NUMBER needs one, a folder not [folder or fsspec URL]
     sequence_length: int = 1024  # T, tokens in one training window; at most context_length [tokens]
     shuffle_group_shards: int = 8  # consecutive shards (in the epoch's order) whose windows are permuted together [shards]
     cache_dir: str | None = None  # where shards of a remote set are kept while in use [path]; None: below the user's cache

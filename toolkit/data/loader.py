@@ -91,8 +91,17 @@ class Data:
 
 
 def parse_weight(path: str) -> tuple[str, float | None]:
-    """("DIR", 0.7) for "DIR=0.7"; (path, None) where no number above 0 stands behind the last "="."""
+    """("DIR", 0.7) for "DIR=0.7"; (path, None) where no number above 0 stands behind the last "=".
+
+    Nor is it a weight where it belongs to the name: in that of a folder that exists, or as the value of a URL's query.
+    """
     folder, separator, number = path.rpartition("=")
+    if is_url(path):
+        _, has_query, query = folder.partition("?")
+        if has_query and "=" not in query.rpartition("&")[2]:
+            return path, None
+    elif Path(path).is_dir():
+        return path, None
     try:
         weight = float(number)
     except ValueError:
