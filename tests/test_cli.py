@@ -6,6 +6,7 @@ import subprocess
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+import fsspec
 import pytest
 import torch
 from accelerate.state import AcceleratorState
@@ -174,6 +175,30 @@ def test_audit_proves_or_names_the_step(
     refused = refusal(capsys, "audit", str(run))
     assert "step 4 starts at sample 16 instead of 24" in refused
     assert "twice in epoch 1" in refused
+
+
+def test_evaluate_and_audit_use_the_cache_of_the_recipe(
+    fit: Callable[[TrainConfig], Path],
+    tiny: TrainConfig,
+    data_dir: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    fsspec.filesystem("memory").put(f"{data_dir}/", "/cli/set/", recursive=True)
+    far = {"path": ("memory://cli/set",), "cache_dir": str(tmp_path / "cache")}
+    run = fit(change(tiny, data=far, training={"max_steps": 2, "sample_every": None}))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "elsewhere"))
+    assert "bits per byte" in call(capsys, "evaluate", str(run))
+    assert "once per epoch" in call(capsys, "audit", str(run))
+    assert not (tmp_path / "elsewhere").exists()
+    model = tmp_path / "model"
+    shutil.copytree(run / "checkpoints" / "step-00000002", model)
+    (model / "state.json").unlink()  # no checkpoint any more, whose recipe may not change
+    for folder, verb in ((model, "evaluate"), (run, "audit")):
+        recipe = folder / "recipe.json"
+        recipe.write_text(recipe.read_text().replace('"cache_gib": 4.0', '"cache_gib": 1e-06'))
+        assert "error: data.cache_gib=9.99" in refusal(capsys, verb, str(folder))  # in whole bytes
 
 
 def test_plan_takes_a_recipe_a_device_and_flags(capsys: pytest.CaptureFixture[str]) -> None:

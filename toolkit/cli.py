@@ -206,7 +206,7 @@ def evaluate(
         micro_batch_size: windows per forward [windows].
         device: auto (an accelerator if there is one), cpu, cuda, ...
     """
-    from toolkit.config import EvaluationConfig
+    from toolkit.config import DataConfig, EvaluationConfig
     from toolkit.data.loader import open_data, validation_loader
     from toolkit.evaluation.loss import evaluate as evaluate_model
     from toolkit.model.huggingface import load_model
@@ -231,7 +231,8 @@ def evaluate(
             f"use at most {model.config.context_length}"
         )
     limit = max_tokens or (recipe.evaluation if recipe is not None else EvaluationConfig()).max_tokens
-    opened = open_data(paths)
+    cache = recipe.data if recipe is not None else DataConfig()
+    opened = open_data(paths, cache_dir=cache.cache_dir, cache_gib=cache.cache_gib)
     if opened.tokenizer_info.sha256 != tokenizer.sha256:
         raise UserError(
             f"{', '.join(paths)} was made with tokenizer {opened.tokenizer_info.name!r}, the model was trained with "

@@ -32,7 +32,7 @@ def audit(run: Path, *, data_path: Sequence[str] = ()) -> Iterator[str]:
     if not (run / "recipe.json").exists():
         raise UserError(f"{run} is not a run folder (it has no recipe.json); give the folder of --run.dir")
     config = load_recipe(run / "recipe.json")
-    data = open_data(data_path or config.data.path)
+    data = open_data(data_path or config.data.path, cache_dir=config.data.cache_dir, cache_gib=config.data.cache_gib)
     steps, skipped, problems = _read_ledger(run, config)
     problems += _lost_rows(run, config, steps)
     yield from _redone_steps(run)
