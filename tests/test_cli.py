@@ -12,7 +12,7 @@ import torch
 from accelerate.state import AcceleratorState
 
 from recipes.train_demo import CONFIG as DEMO
-from tests.support import ROOT, change, flags
+from tests.support import ROOT, change, environment, flags, toolkit
 from toolkit.cli import main
 from toolkit.config import TrainConfig
 from toolkit.errors import UserError
@@ -351,6 +351,17 @@ def test_verify_resume_wants_steps_and_processes(capsys: pytest.CaptureFixture[s
     recipe = str(ROOT / "recipes" / "train_demo.py")
     for wrong in (["--steps", "1"], ["--steps", "6", "--num-processes", "0"]):
         assert "must be at least 2 and num_processes=" in refusal(capsys, "verify-resume", recipe, *wrong)
+
+
+def test_a_terminal_that_knows_only_ascii_gets_escapes(tmp_path: Path) -> None:
+    (tmp_path / "x.txt").write_text("a text " * 50)
+    out, ascii_only = tmp_path / "oé", environment(PYTHONIOENCODING="ascii")
+    for verb in (["prepare", str(tmp_path / "x.txt"), "--out", str(out), "--tokenizer", "bytes"], ["--help"]):
+        done = toolkit(*verb, env=ascii_only)
+        assert done.returncode == 0, done.stderr
+    done = toolkit("verify", str(out / "é"), env=ascii_only)
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1)
+    assert "o\\xe9/\\xe9" in done.stderr
 
 
 def test_help_lists_every_verb(capsys: pytest.CaptureFixture[str]) -> None:

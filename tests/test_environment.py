@@ -261,6 +261,18 @@ def test_a_program_without_streams_works_and_writes_into_no_file_of_its_own(tmp_
     assert (tmp_path / "file").read_text() == ""
 
 
+def test_what_a_stream_cannot_encode_is_escaped() -> None:
+    code = "print('oé'); print('\\udcff', file=sys.stderr); raise UserError('☃ is wrong')"
+    program = f"import sys\nfrom toolkit.errors import UserError, one_line_errors\nwith one_line_errors():\n    {code}"
+    result = subprocess.run(
+        [sys.executable, "-c", program],
+        env=environment(PYTHONIOENCODING="ascii:strict"),
+        capture_output=True,
+        text=True,
+    )
+    assert (result.returncode, result.stdout, result.stderr) == (1, "o\\xe9\n", "\\udcff\nerror: \\u2603 is wrong\n")
+
+
 def test_an_error_is_printed_without_secrets() -> None:
     code = "raise UserError('s3://me:hunter2hunter2@host/set?token=canary1canary1 and canary2canary2 are wrong')"
     program = f"from toolkit.errors import UserError, one_line_errors\nwith one_line_errors():\n    {code}"

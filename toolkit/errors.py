@@ -6,6 +6,7 @@ other exception is a mistake of ours and keeps its traceback.
 """
 
 import errno
+import io
 import os
 import sys
 from collections.abc import Iterator
@@ -46,9 +47,13 @@ def describe_os_error(error: OSError) -> str:
 def one_line_errors() -> Iterator[None]:
     """Turns `UserError`, an operating system error and Ctrl-C into one line on stderr and a non-zero exit.
 
-    The line is without secrets: a path may be a URL with a password in it.
+    The line is without secrets: a path may be a URL with a password in it. What stdout and stderr cannot encode is
+    escaped from here on, so that no name of a file ends a program.
     """
     _open_closed_streams()
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         yield
     except UserError as error:
