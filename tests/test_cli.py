@@ -194,7 +194,8 @@ def test_evaluate_and_audit_use_the_cache_of_the_recipe(
     assert not (tmp_path / "elsewhere").exists()
     model = tmp_path / "model"
     shutil.copytree(run / "checkpoints" / "step-00000002", model)
-    (model / "state.json").unlink()  # no checkpoint any more, whose recipe may not change
+    for name in ("state.json", "manifest.json"):  # no checkpoint any more, whose recipe may not change
+        (model / name).unlink()
     for folder, verb in ((model, "evaluate"), (run, "audit")):
         recipe = folder / "recipe.json"
         recipe.write_text(recipe.read_text().replace('"cache_gib": 4.0', '"cache_gib": 1e-06'))
