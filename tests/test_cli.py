@@ -15,6 +15,7 @@ from recipes.train_demo import CONFIG as DEMO
 from tests.support import ROOT, change, environment, flags, toolkit
 from toolkit.cli import main
 from toolkit.config import TrainConfig
+from toolkit.data import remote
 from toolkit.errors import UserError
 from toolkit.training import checkpoint, resume_worker
 from toolkit.training import trainer as trainer_module
@@ -186,20 +187,23 @@ def test_evaluate_and_audit_use_the_cache_of_the_recipe(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     fsspec.filesystem("memory").put(f"{data_dir}/", "/cli/set/", recursive=True)
-    far = {"path": ("memory://cli/set",), "cache_dir": str(tmp_path / "cache")}
+    far = {"path": ("memory://cli/set",), "cache_dir": str(tmp_path / "cache"), "cache_gib": 3.0}
     run = fit(change(tiny, data=far, training={"max_steps": 2, "sample_every": None}))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "elsewhere"))
     assert "bits per byte" in call(capsys, "evaluate", str(run))
     assert "once per epoch" in call(capsys, "audit", str(run))
     assert not (tmp_path / "elsewhere").exists()
-    model = tmp_path / "model"
-    shutil.copytree(run / "checkpoints" / "step-00000002", model)
-    for name in ("state.json", "manifest.json"):  # no checkpoint any more, whose recipe may not change
-        (model / name).unlink()
-    for folder, verb in ((model, "evaluate"), (run, "audit")):
-        recipe = folder / "recipe.json"
-        recipe.write_text(recipe.read_text().replace('"cache_gib": 4.0', '"cache_gib": 1e-06'))
-        assert "error: data.cache_gib=9.99" in refusal(capsys, verb, str(folder))  # in whole bytes
+    limits: list[float] = []
+    cache = remote.ShardCache.__init__
+
+    def note_limit(self: remote.ShardCache, folder: Path, *, limit_bytes: int) -> None:
+        limits.append(limit_bytes / 2**30)
+        cache(self, folder, limit_bytes=limit_bytes)
+
+    monkeypatch.setattr(remote.ShardCache, "__init__", note_limit)
+    for verb in ("evaluate", "audit"):
+        call(capsys, verb, str(run))
+    assert limits == [3.0, 3.0]
 
 
 def test_plan_takes_a_recipe_a_device_and_flags(capsys: pytest.CaptureFixture[str]) -> None:
