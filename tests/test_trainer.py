@@ -207,7 +207,7 @@ def test_a_new_run_starts_from_a_checkpoint_of_another(fit: Fit, tiny: TrainConf
     assert rows(Path(branch.run.dir), "ledger") == rows(run, "ledger")[4:]
 
 
-def test_a_branch_stays_one(fit: Fit, tiny: TrainConfig, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_branch_stays_one(fit: Fit, tiny: TrainConfig, tmp_path: Path) -> None:
     """The next start need not name the checkpoint again, and may name no other."""
     run = fit(tiny)
     checkpoint = run / "checkpoints" / "step-00000004"
@@ -289,7 +289,7 @@ def test_a_model_that_checkpoints_cannot_hold_is_refused_before_the_first_step(
 
 @pytest.mark.parametrize("kept", ["left out", "frozen"])
 def test_what_an_optimizer_of_ones_own_leaves_alone_stays_and_resumes(
-    tiny: TrainConfig, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, kept: str
+    tiny: TrainConfig, tmp_path: Path, kept: str
 ) -> None:
     """Its gradient takes no part in the norm, and no next step has a remainder of it."""
 

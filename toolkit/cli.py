@@ -484,11 +484,14 @@ def _device(name: str) -> str:
 
 def _model_folder(run: Path) -> Path:
     """The folder with the model: the newest valid checkpoint of a run, a checkpoint, or an exported model."""
-    from toolkit.training.checkpoint import find_checkpoint
+    from toolkit.training.checkpoint import find_checkpoint, verify_checkpoint
 
     if (run / "config.json").exists() and not any((run / name).exists() for name in ("state.json", "manifest.json")):
         return run  # exported, or published by others
-    return find_checkpoint(run)
+    found = find_checkpoint(run)
+    if found == run and (problems := verify_checkpoint(found)):  # of a run it was checked when it was found
+        raise UserError(f"{problems[0]}; use another checkpoint, or name the run for its newest good one")
+    return found
 
 
 def _recipe_of(folder: Path) -> TrainConfig | None:

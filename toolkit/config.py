@@ -427,7 +427,9 @@ def load_recipe(path: Path) -> TrainConfig:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UserError(f"{path.parent} is not a run folder (it has no {path.name}); give a --run.dir") from None
+        raise UserError(
+            f"{path.parent} is not a run folder (it has no {path.name}); give the folder of --run.dir"
+        ) from None
     except (ValueError, RecursionError) as error:  # no JSON, or no text
         raise UserError(f"{path} is not valid JSON ({error})") from None
     if not isinstance(values, dict):

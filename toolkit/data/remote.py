@@ -692,8 +692,7 @@ def open_remote(url: str, *, name: str, fetcher: Fetcher) -> RemoteSet:
     Raises: UserError if they cannot be read or the manifest is not as it should be. The tokenizer is checked by who loads it.
     """
     source = RemoteFolder(url)
-    data = source.read_small(MANIFEST_FILE, limit=MAX_MANIFEST_BYTES)
-    manifest = decode_manifest(data, where=f"{source.where}/{MANIFEST_FILE}")
+    _, manifest = _read_manifest(source)
     folder = manifest.fingerprint[:32]
     keys = {
         split: [_Key(folder=folder, info=info, manifest=manifest, source=source) for info in infos]
@@ -728,15 +727,19 @@ def open_remote(url: str, *, name: str, fetcher: Fetcher) -> RemoteSet:
     )
 
 
+def _read_manifest(source: RemoteFolder) -> tuple[bytes, Manifest]:
+    """The manifest as it is there, and what it says."""
+    data = source.read_small(MANIFEST_FILE, limit=MAX_MANIFEST_BYTES)
+    return data, decode_manifest(data, where=f"{source.where}/{MANIFEST_FILE}")
+
+
 def verify_remote(url: str) -> Iterator[str]:
     """Reads every byte of the set behind a URL, keeping none, and compares it with the manifest there; lines as for a folder.
 
     Raises: UserError at the end, naming every problem; shards that the manifest does not know cannot be seen from here.
     """
     source = RemoteFolder(url)
-    manifest_url = f"{source.where}/{MANIFEST_FILE}"
-    data = source.read_small(MANIFEST_FILE, limit=MAX_MANIFEST_BYTES)
-    manifest = decode_manifest(data, where=manifest_url)
+    data, manifest = _read_manifest(source)
 
     def problems_of(info: ShardInfo) -> Iterator[str]:
         where, size = f"{source.where}/{info.file}", shard_bytes(info.tokens, manifest.dtype)
@@ -749,7 +752,7 @@ def verify_remote(url: str) -> Iterator[str]:
             yield from content_problems(found, info, where=where)
 
     known_problems = [
-        *manifest_problems(data, manifest, where=manifest_url),
+        *manifest_problems(data, manifest, where=f"{source.where}/{MANIFEST_FILE}"),
         *_tokenizer_problems(source, manifest),
     ]
     return verify_shards(manifest, where=source.where, known_problems=known_problems, problems_of=problems_of)

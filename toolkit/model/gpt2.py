@@ -311,19 +311,28 @@ def load_canonical(model: GPT2, tensors: Mapping[str, Tensor]) -> None:
     model.wte.weight[model.config.vocab_size :] = 0.0
 
 
+def canonical_differences(tensors: Mapping[str, Tensor], config: GPT2Config) -> tuple[list[str], list[str], list[str]]:
+    """Names that tensors of a model of this configuration should have and lack, that are unknown, and of another shape."""
+    shapes = canonical_shapes(config)
+    missing = [name for name in shapes if name not in tensors]
+    unknown = [name for name in tensors if name not in shapes]
+    misshapen = [name for name in shapes if name in tensors and tuple(tensors[name].shape) != shapes[name]]
+    return missing, unknown, misshapen
+
+
 def check_canonical(tensors: Mapping[str, Tensor], config: GPT2Config) -> None:
     """Raises UserError unless names, shapes and dtype (float32) are exactly those of a model of this configuration."""
     shapes = canonical_shapes(config)
-    missing, unknown = sorted(set(shapes) - set(tensors)), sorted(set(tensors) - set(shapes))
+    missing, unknown, misshapen = canonical_differences(tensors, config)
     if missing or unknown:
         raise UserError(
-            f"the weights do not fit the model: missing {_few(missing)}, unknown {_few(unknown)}; "
+            f"the weights do not fit the model: missing {_few(sorted(missing))}, unknown {_few(sorted(unknown))}; "
             "use weights of a GPT-2 with the same n_layer"
         )
     wrong = [
         f"{name} is {tensors[name].dtype} {tuple(tensors[name].shape)} instead of torch.float32 {shape}"
         for name, shape in shapes.items()
-        if tuple(tensors[name].shape) != shape or tensors[name].dtype != torch.float32
+        if name in misshapen or tensors[name].dtype != torch.float32
     ]
     if wrong:
         raise UserError(f"the weights do not fit the model: {_few(wrong)}; use a configuration of the same shape")

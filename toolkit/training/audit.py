@@ -29,8 +29,6 @@ def audit(run: Path, *, data_path: Sequence[str] = ()) -> Iterator[str]:
 
     Raises: UserError at the end, naming every step that the shards and the ledger do not agree on.
     """
-    if not (run / "recipe.json").exists():
-        raise UserError(f"{run} is not a run folder (it has no recipe.json); give the folder of --run.dir")
     config = load_recipe(run / "recipe.json")
     data = open_data(data_path or config.data.path, cache_dir=config.data.cache_dir, cache_gib=config.data.cache_gib)
     steps, skipped, problems = _read_ledger(run, config)

@@ -512,14 +512,13 @@ def _newest(folder: Path, read: Callable[[Path], T]) -> tuple[Resolved, T | None
 
 
 def find_checkpoint(run_or_checkpoint: Path) -> Path:
-    """The checkpoint that a user means who names a run folder, its `checkpoints` folder or a checkpoint; hash-checked.
+    """The checkpoint that a user means who names a run folder, its `checkpoints` folder or a checkpoint.
 
-    Raises: UserError if there is none, none that can be loaded, or the one that is named is damaged.
+    One that is named itself is not checked here: `load` checks it, `verify_checkpoint` for those who read a part of it.
+    Raises: UserError if there is none, or none that can be loaded.
     """
     path = run_or_checkpoint
     if (path / MANIFEST).exists() and ((path / MODEL).exists() or (path / STATE).exists()):
-        if problems := verify_checkpoint(path):
-            raise UserError(f"{problems[0]}; use another checkpoint, or name the run for its newest good one")
         return path
     if not path.is_dir():
         raise UserError(f"{path} does not exist; name a run folder or one of its checkpoints")

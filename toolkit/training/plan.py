@@ -186,10 +186,9 @@ def plan(
             raise UserError(f"{name}={value} must be above 0")
         if value is not None and not SMALLEST <= value <= LARGEST:
             raise UserError(f"{name}={value} is that of no device; use a number from {SMALLEST} to {LARGEST:,}")
-    label, memory_bytes, peak_tflops, precision = _describe(
+    label, memory_bytes, peak_tflops, precision, on_cpu = _describe(
         config, device, memory_gib=memory_gib, tflops=tflops, num_processes=num_processes
     )
-    on_cpu = label.startswith("this machine") and own_device_type() == "cpu"
     micro_batch_size = largest_micro_batch(
         config, precision, memory_bytes=memory_bytes, num_processes=num_processes, device=label, on_cpu=on_cpu
     )
@@ -326,17 +325,14 @@ def _block_bytes(config: TrainConfig, precision: Precision, *, tokens: int, on_c
     # Inputs of c_attn, c_proj, c_fc and (four times as wide) the other c_proj; query, key, value; the GELU's input. The
     # attention's result and c_proj's input are one tensor.
     products = (1 + 1 + 1 + 4 + 3 + 4) * model.n_embd * product
-    log_sums = 4 * model.n_head  # the attention's normalisers
-    if not model.dropout:
-        return tokens * (norms + products + log_sums)
-    if not on_cpu:
-        return tokens * (
-            norms + products + log_sums + 2 * model.n_embd
-        )  # two masks of one byte; fused attention keeps none
-    attention = 3 * model.n_embd * (4 - product) + 3 * model.n_head * config.data.sequence_length * 4
-    if precision == "bf16" and cpu_widens(torch.bfloat16):
-        attention = 0
-    return tokens * (norms + products + attention + 2 * model.n_embd * product)
+    attention = 4 * model.n_head  # its normalisers
+    masks = 2 * model.n_embd if model.dropout else 0  # one byte each; fused attention keeps none
+    if model.dropout and on_cpu:
+        again = precision == "bf16" and cpu_widens(torch.bfloat16)
+        widened = 3 * model.n_embd * (4 - product) + 3 * model.n_head * config.data.sequence_length * 4
+        attention = 0 if again else widened
+        masks = 2 * model.n_embd * product
+    return tokens * (norms + products + attention + masks)
 
 
 def _weight_copy_bytes(config: TrainConfig, precision: Precision) -> int:
@@ -397,22 +393,22 @@ def _nothing_fits(config: TrainConfig, smallest: MemoryEstimate, *, usable: int,
 
 def _describe(
     config: TrainConfig, device: str, *, memory_gib: float | None, tflops: float | None, num_processes: int
-) -> tuple[str, int, float | None, Precision]:
-    """(label, memory [bytes], peak [TFLOP/s] or None, precision) of the device that was asked for."""
+) -> tuple[str, int, float | None, Precision, bool]:
+    """(label, memory [bytes], peak [TFLOP/s] or None, precision, whether it is a CPU) of the device that was asked for."""
     asked = config.training.precision
     precision: Precision
     if device == "this" and memory_gib is not None and tflops is not None:
         precision = "bf16" if asked == "auto" else asked
-        return "a device as described", int(memory_gib * GIB), tflops, precision
+        return "a device as described", int(memory_gib * GIB), tflops, precision, False
     if device == "this":
         precision = resolve_precision(asked)
-        own = torch.device(own_device_type())
+        own = torch.device("cuda" if torch.cuda.is_available() and not cpu_is_asked_for() else "cpu")
         memory_bytes = device_memory_bytes(own) if memory_gib is None else int(memory_gib * GIB)
         if own.type == "cpu" and memory_gib is None:
             memory_bytes //= num_processes  # they share one machine's memory
         if tflops is None:
             tflops = _own_tflops(own, precision)
-        return f"this machine, {device_name(own)}", memory_bytes, tflops, precision
+        return f"this machine, {device_name(own)}", memory_bytes, tflops, precision, own.type == "cpu"
     known = find_device(device)
     if known is None:
         raise UserError(
@@ -424,12 +420,7 @@ def _describe(
     if peak is None:
         raise UserError(f"{known.key} does not compute {precision} natively; use --training.precision fp16 or fp32")
     label = known.cuda_name if "(" not in known.cuda_name else known.key.upper()
-    return label, int((memory_gib or known.memory_gib) * GIB), tflops or peak, precision
-
-
-def own_device_type() -> str:
-    """The kind of device at hand that would train."""
-    return "cuda" if torch.cuda.is_available() and not cpu_is_asked_for() else "cpu"
+    return label, int((memory_gib or known.memory_gib) * GIB), tflops or peak, precision, False
 
 
 def _own_tflops(device: torch.device, precision: Precision) -> float | None:

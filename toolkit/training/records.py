@@ -69,35 +69,27 @@ class RunRecords:
             raise
 
     def _other_run(self) -> Path | None:
-        """The checkpoint of another run that a new run starts from, if one was asked for.
-
-        Raises: UserError if the settings give its counts of samples and tokens another meaning.
-        """
+        """The checkpoint of another run that a new run starts from, if one was asked for."""
         if self._branched_from is None:
             return None
         start = checkpoint.find_checkpoint(Path(self._branched_from))
-        if not (start / RECIPE).exists():
-            return start
-        changed = {name: (old, new) for name, old, new in differences(load_recipe(start / RECIPE), self.config)}
-        for name in ("training.tokens_per_step", "data.sequence_length"):
-            if name in changed:
-                old, new = changed[name]
+        if (start / RECIPE).exists():
+            self._refuse_other_counts(start)
+        return start
+
+    def _refuse_other_counts(self, start: Path) -> None:
+        """Raises UserError if the settings give a parent's counts of samples and tokens another meaning."""
+        for name, old, new in differences(load_recipe(start / RECIPE), self.config):
+            if name in ("training.tokens_per_step", "data.sequence_length"):
                 raise UserError(
                     f"{start} counts its steps in {name}={old} and this run would go on with {new}; use {old}, or take the "
                     "weights alone (`toolkit export`, then --model.init-from)"
                 )
-        for name in ("training.seed", "data.shuffle_group_shards"):
-            if name in changed:
-                old, new = changed[name]
+            if name in ("training.seed", "data.shuffle_group_shards"):
                 logger.info(
-                    "%s was trained with %s=%s, this run goes on with %s: another order, in which windows of that epoch "
-                    "come again",
-                    start,
-                    name,
-                    old,
-                    new,
+                    f"{start} was trained with {name}={old}, this run goes on with {new}: another order, in which windows of "
+                    "that epoch come again"
                 )
-        return start
 
     def _refuse_other_data(self, start: Path, data_fingerprint: str) -> None:
         trained_on = checkpoint.read_manifest(start)["data_fingerprint"]

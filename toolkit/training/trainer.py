@@ -36,6 +36,7 @@ from toolkit.evaluation.loss import evaluate
 from toolkit.failpoint import failpoint, is_set
 from toolkit.model.gpt2 import (
     GPT2,
+    canonical_differences,
     canonical_shapes,
     canonical_tensors,
     cut,
@@ -965,19 +966,17 @@ class _Facts:
 
 def _refuse_unsavable(model: nn.Module, config: GPT2Config) -> None:
     """Raises UserError unless a checkpoint, which holds what the recipe's GPT-2 holds, can hold this model."""
-    shapes, own = canonical_shapes(config), getattr(model, "config", None)
-    found = {
-        name: tuple((cut(name, tensor, own) if isinstance(own, GPT2Config) else tensor).shape)
-        for name, tensor in model.state_dict().items()
-    }
-    problems = [] if isinstance(own, GPT2Config) else ["has no GPT2Config as its config"]
-    problems += [f"has {name}" for name in found if name not in shapes]
-    problems += [f"lacks {name}" for name in shapes if name not in found]
-    problems += [
-        f"has {name} of shape {found[name]}, not {shape}"
-        for name, shape in shapes.items()
-        if found.get(name, shape) != shape
-    ]
+    own = getattr(model, "config", None)
+    tensors: dict[str, Tensor] = model.state_dict()
+    problems = []
+    if isinstance(own, GPT2Config):
+        tensors = {name: cut(name, tensor, own) for name, tensor in tensors.items()}
+    else:
+        problems.append("has no GPT2Config as its config")
+    missing, unknown, misshapen = canonical_differences(tensors, config)
+    problems += [f"has {name}" for name in unknown] + [f"lacks {name}" for name in missing]
+    shapes = canonical_shapes(config)
+    problems += [f"has {name} of shape {tuple(tensors[name].shape)}, not {shapes[name]}" for name in misshapen]
     if problems:
         more = f", and {len(problems) - 3} more" if len(problems) > 3 else ""
         raise UserError(
