@@ -6,8 +6,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from toolkit.config import GPT2Config
 from toolkit.model import product
+from toolkit.model.attention import attention
 from toolkit.model.gpt2 import GPT2, KVCache
-from toolkit.model.product import affine, attention, multiply, operand
+from toolkit.model.product import affine, multiply, operand
 
 BF16_ROUNDING = 2.0**-8  # relative, of one number
 TINY = GPT2Config(n_layer=2, n_head=2, n_embd=32, context_length=24, vocab_size=257)

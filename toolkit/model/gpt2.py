@@ -20,9 +20,10 @@ from torch.utils.checkpoint import checkpoint
 
 from toolkit.config import GPT2Config
 from toolkit.errors import UserError
+from toolkit.model.attention import attention
 from toolkit.model.embedding import embed_tied
 from toolkit.model.loss import cross_entropy, mean_cross_entropy
-from toolkit.model.product import affine, attention, product_dtype
+from toolkit.model.product import affine, product_dtype
 
 VOCABULARY_MULTIPLE = 64  # rows of wte.weight in memory: whole tiles for the matrix units
 LAYER_NORM_EPSILON = 1e-5

@@ -1,4 +1,4 @@
-"""Matrix products and attention in the data type that autocast asks for, also where a CPU has no instructions for it.
+"""Matrix products in the data type that autocast asks for, also where a CPU has no instructions for it.
 
 Guarantees operands and results of that type. On a GPU, and in fp32, this is torch's own product; so it is on a CPU with bf16
 instructions, but for products of which torch leaves one of two threads nothing (`_leaves_a_thread_idle`). On other CPUs
@@ -6,15 +6,13 @@ torch computes bf16 products one number at a time (GPT-2 124M's shapes, 2 AVX2 c
 There the rounded operands are multiplied in fp32, which holds a product of two bf16 numbers exactly, and the result is
 rounded: the same numbers but for the order of the sums.
 
-Sizes: N positions, I and O the width that comes in and goes out; attention's as in `gpt2`.
+Sizes: N positions, I and O the width that comes in and goes out.
 """
 
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
@@ -56,27 +54,10 @@ def affine(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return out.view(*rows.shape[:-1], out.size(-1))
 
 
-def attention(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout: float, is_causal: bool
-) -> Tensor:
-    """softmax(query @ key.T / sqrt(D)) @ value for each head, in the data type that autocast asks for, with gradients.
-
-    Shapes: query (B, H, T, D), key and value (B, H, L, D), mask (T, L) bool -> (B, H, T, D).
-    """
-    dtype = product_dtype(query)
-    if not _in_fp32(dtype, query):
-        return F.scaled_dot_product_attention(query, key, value, mask, dropout, is_causal)
-    operands = query.to(dtype), key.to(dtype), value.to(dtype)
-    # The backward pass computes it again from the 16-bit operands, so that nothing in fp32 is kept until then.
-    arguments = (*operands, mask, dropout, is_causal)
-    out: Tensor = checkpoint(_attention_in_fp32, *arguments, use_reentrant=False, preserve_rng_state=dropout > 0)
-    return out
-
-
 def operand(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """`tensor` rounded to `dtype`, in the type in which this device multiplies such numbers: for `multiply`."""
     rounded = tensor.to(dtype)
-    return rounded.float() if _in_fp32(dtype, rounded) else rounded
+    return rounded.float() if in_fp32(dtype, rounded) else rounded
 
 
 def multiply(left: Tensor, right: Tensor, dtype: torch.dtype, bias: Tensor | None = None) -> Tensor:
@@ -101,16 +82,9 @@ def _leaves_a_thread_idle(left: Tensor, right: Tensor) -> bool:
     return 640 <= left.size(0) <= 1280 and 512 <= right.size(1) <= 1024
 
 
-def _in_fp32(dtype: torch.dtype, tensor: Tensor) -> bool:
+def in_fp32(dtype: torch.dtype, tensor: Tensor) -> bool:
+    """Whether products of `dtype` are computed in fp32 on the device of `tensor`."""
     return tensor.device.type == "cpu" and cpu_widens(dtype)
-
-
-def _attention_in_fp32(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout: float, is_causal: bool
-) -> Tensor:
-    with torch.autocast(query.device.type, enabled=False):
-        wide = query.float(), key.float(), value.float()
-        return F.scaled_dot_product_attention(*wide, mask, dropout, is_causal).to(query.dtype)
 
 
 class _AffineOnCPU(torch.autograd.Function):
