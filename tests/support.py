@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from toolkit.config import TrainConfig
 
 ROOT = Path(__file__).parent.parent
@@ -99,3 +101,9 @@ def toolkit(*arguments: str, env: dict[str, str] | None = None) -> subprocess.Co
     """Runs the `toolkit` command in a process of its own."""
     code = "import sys; from toolkit.cli import main; sys.argv[0] = 'toolkit'; main()"
     return command("-c", code, *arguments, env=env)
+
+
+def exact_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """softmax(query @ key.T / sqrt(D)) @ value where `mask` is true, in the data type of its inputs."""
+    scores = (query @ key.mT / query.size(-1) ** 0.5).masked_fill(~mask, -torch.inf)
+    return scores.softmax(-1) @ value

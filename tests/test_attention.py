@@ -8,6 +8,7 @@ from torch import Tensor, fx
 from torch._dynamo.backends.common import aot_autograd
 from torch._functorch.partitioners import min_cut_rematerialization_partition
 
+from tests.support import exact_attention
 from toolkit.config import GPT2Config
 from toolkit.model import product
 from toolkit.model.attention import MOST_TILED_ROWS, attention, attention_gradients
@@ -36,8 +37,7 @@ def inputs(
 def exact_gradients(query: Tensor, key: Tensor, value: Tensor, grad: Tensor) -> tuple[Tensor, ...]:
     wide = [part.double().requires_grad_() for part in (query, key, value)]
     mask = torch.ones(query.size(2), query.size(2), dtype=torch.bool).tril()
-    scores = (wide[0] @ wide[1].mT / query.size(-1) ** 0.5).masked_fill(~mask, -torch.inf)
-    return torch.autograd.grad(scores.softmax(-1) @ wide[2], wide, grad.double())
+    return torch.autograd.grad(exact_attention(*wide, mask), wide, grad.double())
 
 
 def errors(found: tuple[Tensor, ...], exact: tuple[Tensor, ...]) -> list[float]:
@@ -119,9 +119,8 @@ def test_a_compiled_backward_pass_is_computed_in_tiles_and_keeps_what_the_fused_
     assert bmm in graphs.operations["backward"]
     assert FUSED_BACKWARD not in graphs.operations["backward"]
     assert bmm not in graphs.operations["forward"]
-    assert (
-        graphs.forward_bytes == parts[0].nbytes + 2 * 2 * length * 4
-    )  # the output, and the logarithms of sums in fp32
+    log_sums_bytes = 2 * 2 * length * 4  # batch, heads, positions, fp32
+    assert graphs.forward_bytes == parts[0].nbytes + log_sums_bytes
 
 
 @pytest.mark.parametrize(

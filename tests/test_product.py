@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from tests.support import exact_attention
 from toolkit.config import GPT2Config
 from toolkit.model import product
 from toolkit.model.attention import attention
@@ -82,11 +83,6 @@ def test_what_is_kept_for_the_backward_pass_has_16_bits(monkeypatch: pytest.Monk
         out = affine(normal(20, 30, seed=1), weight).view(1, 4, 5, 7)
         attention(out, out, out, None, 0.0, True)
     assert set(kept) == {torch.bfloat16}
-
-
-def exact_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    scores = (query @ key.mT / query.size(-1) ** 0.5).masked_fill(~mask, -torch.inf)
-    return scores.softmax(-1) @ value
 
 
 @pytest.mark.usefixtures("has_bf16")

@@ -55,6 +55,7 @@ def _num_tiles(query: Tensor) -> int | None:
     batch, heads, length, _ = query.shape
     if query.device.type != "cpu" or query.dtype != torch.bfloat16 or batch * heads * length > MOST_TILED_ROWS:
         return None
+    # Four tiles of 128 take less time than two of 256, and four of 256 less than eight of 128 (2 AMX cores).
     fewest = math.ceil(length / (128 if length <= 512 else 256))
     most = max(fewest, length // SHORTEST_TILE)
     return next((tiles for tiles in range(fewest, most + 1) if length % tiles == 0), None)
@@ -102,14 +103,14 @@ def attention_gradients(
         return tiled.reshape(num_tiles, batch * heads, size, -1)
 
     def minus(tensor: Tensor, term: Tensor) -> Tensor:
-        """Tiles whose product with those of `with_ones` is that of `tensor` less `term`, (B, H, T)."""
+        """Tiles whose product with those of `with_ones` is that of the tiles `tensor` less `term`, (B, H, T)."""
         columns = tiles(-term.unsqueeze(-1))
         rounded = columns.to(dtype)
-        with_term = torch.cat([tiles(tensor), rounded, (columns - rounded.float()).to(dtype)], -1)
+        with_term = torch.cat([tensor, rounded, (columns - rounded.float()).to(dtype)], -1)
         return F.pad(with_term, (0, TERM_COLUMNS - 2))  # (n, N, S, D + 32)
 
     def with_ones(tensor: Tensor) -> Tensor:
-        return F.pad(tiles(tensor), (0, TERM_COLUMNS), value=1.0)  # (n, N, S, D + 32)
+        return F.pad(tensor, (0, TERM_COLUMNS), value=1.0)  # (n, N, S, D + 32)
 
     def whole(of_distance: list[Tensor], *, of_keys: bool) -> Tensor:
         """The sum over distances. Shapes: each (n - distance, N, S, D) -> (B, H, T, D)."""
@@ -123,12 +124,12 @@ def attention_gradients(
     # Copied together with the gradient, all of this needs it: else torch.compile would make copies in the forward pass already,
     # and keep them and the scores until the backward pass.
     query, key, value, grad = torch.stack([query, key, value, grad]).unbind()
-    queries, keys, grads = tiles(query), tiles(key), tiles(grad)
+    queries, keys, values, grads = tiles(query), tiles(key), tiles(value), tiles(grad)
     half_log_keys = torch.arange(1, length + 1, device=query.device).log() / 2  # (T,)
     mean_weight_grads = (grad.float() * out.float()).sum(-1)  # (B, H, T), over the keys with their weights
     # One product makes both the scores and the weights' gradients of a tile.
-    left = torch.stack([minus(query, (log_sums - half_log_keys) / scale), minus(grad, mean_weight_grads)], 1)
-    right = torch.stack([with_ones(key), with_ones(value)], 1)  # (n, 2, N, S, D + 32)
+    left = torch.stack([minus(queries, (log_sums - half_log_keys) / scale), minus(grads, mean_weight_grads)], 1)
+    right = torch.stack([with_ones(keys), with_ones(values)], 1)  # (n, 2, N, S, D + 32)
     log_factor = half_log_keys.view(num_tiles, 1, size, 1)
     of_queries, of_keys, of_values = [], [], []
     for distance in range(num_tiles):
