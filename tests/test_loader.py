@@ -33,6 +33,7 @@ from toolkit.data.loader import (
 from toolkit.data.manifest import read_manifest
 from toolkit.data.order import PERIOD, permute, quotas
 from toolkit.errors import UserError
+from toolkit.redact import redact
 
 MakeSet = Callable[..., Path]
 SETTINGS: dict[str, Any] = {"sequence_length": 16, "seed": 3, "shuffle_group_shards": 2}
@@ -463,3 +464,10 @@ def test_a_100_billion_token_set_opens_and_seeks_at_once(tmp_path: Path) -> None
     measured = json.loads(done.stdout)
     assert measured["open"] + measured["seek"] < 1, measured
     assert measured["mebibytes"] < 200, measured
+
+
+def test_a_url_whose_password_a_recipe_left_out_is_refused_with_the_reason() -> None:
+    with pytest.raises(
+        UserError, match=r"https://\[redacted\]@host/set comes from a recipe, which keeps no passwords; .*--data\.path"
+    ):
+        open_data([redact("https://user:hunter2@host/set=0.5"), "https://host/other=0.5"])

@@ -324,6 +324,43 @@ def test_optimizers_that_cannot_step_here_are_refused(tiny: TrainConfig) -> None
             Trainer(tiny, model=model, optimizer=make(model.parameters()))  # type: ignore[no-untyped-call]
 
 
+def test_an_optimizer_whose_state_no_checkpoint_can_hold_is_refused_after_one_step(tiny: TrainConfig) -> None:
+    """Before that step it has no state; the first checkpoint, where its state cannot be saved either, may be hours away."""
+    model = GPT2(tiny.model, seed=1)
+    optimizer = torch.optim.Adafactor(model.parameters(), lr=0.01)
+    with pytest.raises(UserError, match=r"Adafactor keeps 'row_var' for wte\.weight, which is neither"):
+        Trainer(tiny, model=model, optimizer=optimizer).fit()
+    assert [row["step"] for row in rows(Path(tiny.run.dir))] == [1]
+
+
+class Returns(GPT2):
+    """A GPT-2 whose training loss has been made something else."""
+
+    def __init__(self, config: Any, change: Callable[[Tensor], Any]) -> None:
+        super().__init__(config, seed=1)
+        self.change = change
+
+    def forward(self, input_ids: Tensor, targets: Tensor) -> Any:
+        return self.change(super().forward(input_ids, targets))
+
+
+@pytest.mark.parametrize(
+    ("change_loss", "said"),
+    [
+        (lambda loss: loss.expand(3), r"Returns returns a tensor of shape \(3,\) for \(input_ids, targets\); return"),
+        (lambda loss: loss.detach(), "Returns returns a tensor without a gradient for"),
+        (lambda loss: (loss, {}), "Returns returns tuple for"),
+        (lambda loss: None, "Returns returns NoneType for"),
+    ],
+    ids=["not a scalar", "no gradient", "tuple", "nothing"],
+)
+def test_a_model_that_returns_no_loss_is_refused(
+    tiny: TrainConfig, change_loss: Callable[[Tensor], Any], said: str
+) -> None:
+    with pytest.raises(UserError, match=said):
+        Trainer(tiny, model=Returns(tiny.model, change_loss)).fit()
+
+
 class NotFinite(GPT2):
     """A GPT-2 whose loss is NaN in some steps."""
 

@@ -28,6 +28,7 @@ from toolkit.data.manifest import Manifest, Split, TokenizerInfo, is_url, own_to
 from toolkit.data.order import Int64, SampleOrder, quotas
 from toolkit.data.shards import Ids, Shard, open_shards
 from toolkit.errors import UserError
+from toolkit.redact import REDACTED
 
 if TYPE_CHECKING:
     from toolkit.data.remote import Fetcher, RemoteSet
@@ -122,6 +123,10 @@ def open_data(path: Sequence[str] | str, *, cache_dir: str | None = None, cache_
     unweighted = [folder for folder, weight in parsed if weight is None]
     if not parsed:
         raise UserError("data.path is empty; name a folder made by `toolkit prepare`")
+    if censored := [folder for folder, _ in parsed if is_url(folder) and REDACTED in folder]:
+        raise UserError(
+            f"{', '.join(censored)} comes from a recipe, which keeps no passwords; give the URL itself: --data.path URL"
+        )
     if unweighted and len(unweighted) < len(parsed):
         raise UserError(
             f"data.path gives no weight above 0 to {', '.join(unweighted)}; give one to every set (DIR=0.7) or none"

@@ -210,7 +210,7 @@ class Trainer:
 
         Why one host synchronisation: the GPU runs ahead of Python until `_reduce` reads the step's few numbers.
         """
-        self._tend_memory()
+        self._tend()
         started = time.monotonic()
         multiplier = learning_rate_multiplier(self.step, self.config.schedule)
         learning_rate = set_learning_rate(self.raw_optimizer, multiplier)
@@ -276,12 +276,28 @@ class Trainer:
             last = micro_step == self.grad_accum_steps - 1
             # Gradients are summed over processes in the last backward pass alone.
             with nullcontext() if last else self.accelerator.no_sync(self.model):
-                loss = self.model(batch["input_ids"], batch["targets"])
+                loss = self._loss(batch["input_ids"], batch["targets"])
                 failpoint("trainer.before-backward")
                 self.accelerator.backward(loss / self.grad_accum_steps)
             loss_sum += loss.detach()
             digest += batch["digest"].sum()
         return loss_sum / self.grad_accum_steps, digest
+
+    def _loss(self, input_ids: Tensor, targets: Tensor) -> Tensor:
+        """The mean loss of a micro-batch -> ().
+
+        Raises: UserError if a model of one's own returns something else.
+        """
+        loss = self.model(input_ids, targets)
+        if isinstance(loss, Tensor) and loss.shape == () and loss.requires_grad:
+            return loss
+        found = type(loss).__name__
+        if isinstance(loss, Tensor):
+            found = f"a tensor of shape {tuple(loss.shape)}" if loss.shape else "a tensor without a gradient"
+        raise UserError(
+            f"{type(self.raw_model).__name__} returns {found} for (input_ids, targets); return the mean loss, a tensor of "
+            "shape () that its parameters have a gradient of"
+        )
 
     def _reduce(self, loss: Tensor, grad_norm: Tensor, digest: Tensor) -> "_Facts":
         """The step's one reduction over processes and its one host synchronisation."""
@@ -837,7 +853,7 @@ class Trainer:
             with self.accelerator.no_sync(self.model):
                 failpoint("trainer.trial")
                 # Two tensors, as in training: for one given twice, torch.compile would make a program of its own.
-                self.accelerator.backward(self.model(ids, ids.clone()))
+                self.accelerator.backward(self._loss(ids, ids.clone()))
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
@@ -932,14 +948,16 @@ class Trainer:
         if self.is_main:
             logger.info(line)
 
-    def _tend_memory(self) -> None:
-        """Collects garbage between steps, by all processes together and not whenever one of them likes.
+    def _tend(self) -> None:
+        """What is due between steps: collects garbage, by all processes together and not whenever one of them likes.
 
-        After the first step also says what becomes of freed memory. That step's garbage is left to Python: torch.compile
+        After the first step also says what becomes of freed memory, and refuses an optimizer whose state, which exists only
+        now, no checkpoint could hold. That step's garbage is left to Python: torch.compile
         drops half a million objects in it, whose memory the step's activations take if they are collected at once (124M,
         8 x 1024 tokens on a CPU: a peak of 5.12 GiB, not 5.17).
         """
         if self.step == self._first_step:
+            optimizer_tensors(self.raw_optimizer, self.raw_model)
             gc.disable()
             self._keep_what_exists()
             keep_freed_memory(self.device)
