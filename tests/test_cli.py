@@ -3,6 +3,7 @@
 import json
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -67,6 +68,18 @@ def test_evaluate_prints_the_run_s_own_validation_loss(run: Path, capsys: pytest
     assert f"{last['loss/val']:.5f}" in printed
     assert f"{last['bits_per_byte/val']:.5f}" in printed
     assert "perplexity" in printed
+
+
+def test_an_exported_model_is_evaluated_like_the_checkpoint_that_it_came_from(
+    run: Path, tiny: TrainConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also where its tokenizer is bytes, whose file says BPE as every tokenizer.json does."""
+    exported = str(tmp_path / "exported")
+    call(capsys, "export", str(run), exported)
+    ways = ["--data.path", *tiny.data.path, "--sequence-length", str(tiny.data.sequence_length), "--max-tokens", "512"]
+    assert call(capsys, "evaluate", exported, *ways) == call(capsys, "evaluate", str(run), *ways)
+    said = f"error: {exported} is an exported model, which names no hashes; verify the checkpoint that it was made from"
+    assert refusal(capsys, "verify", exported) == said
 
 
 @pytest.mark.parametrize("flag", ["--micro-batch-size", "--max-tokens", "--sequence-length"])
@@ -220,14 +233,74 @@ def test_plan_takes_a_recipe_a_device_and_flags(capsys: pytest.CaptureFixture[st
 def test_a_recipe_that_does_not_run_is_told_in_one_line(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     recipe = tmp_path / "mine.py"
     for text, said in (
-        ("import nothere", r"ModuleNotFoundError: No module named 'nothere'"),
+        ("import nothere", "ModuleNotFoundError: No module named 'nothere'; it has to run by itself and define CONFIG"),
+        ("raise ValueError('two\\nlines')", "mine.py cannot be read as a recipe: ValueError: two lines; it has to run"),
         ("x = (", "SyntaxError: '(' was never closed"),
-        ("raise SystemExit(0)", "SystemExit: 0); its CONFIG has to stand outside of"),
+        (
+            "raise SystemExit(0)",
+            "mine.py ends the program where its numbers are read; its CONFIG has to stand outside of",
+        ),
         ("from toolkit.config import GPT2Config; GPT2Config(n_layer=0)", "error: model.n_layer=0 must be above 0"),
     ):
         recipe.write_text(text)
         assert said in refusal(capsys, "plan", str(recipe))
+        assert str(tmp_path) not in sys.path
     assert "is not a run folder (it has no recipe.json)" in refusal(capsys, "plan", str(tmp_path))
+
+
+def test_a_recipe_finds_modules_beside_it_as_a_program_would(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    (tmp_path / "numbers_of_mine.py").write_text("from toolkit.config import TrainConfig\nCONFIG = TrainConfig()")
+    (tmp_path / "mine.py").write_text("from numbers_of_mine import CONFIG")
+    assert "124,439,808 parameters" in call(capsys, "plan", str(tmp_path / "mine.py"), "--device", "a100")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["prepare", "", "--out", "somewhere"], "an argument after prepare is empty; name a path"),
+        (["prepare", "stdlib", "--out", ""], "an argument after --out is empty"),
+        (["prepare", "stdlib", "--out="], "an argument --out= is empty"),
+        (["verify", ""], "an argument after verify is empty"),
+        (["generate", "", "prompt"], "an argument after generate is empty"),
+    ],
+)
+def test_an_empty_path_is_refused_and_does_not_mean_the_current_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], arguments: list[str], said: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert said in refusal(capsys, *arguments)
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_prompt_may_be_empty(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert call(capsys, "generate", str(run), "", "--max-new-tokens", "3")
+
+
+def test_paths_that_are_something_else_are_told_what_they_are(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    saved = run / "checkpoints" / "step-00000004"
+    assert "is a checkpoint, which has no ledger; name the folder of its run" in refusal(capsys, "audit", str(saved))
+    weights = str(saved / "model.safetensors")
+    assert f"error: {weights} is a file; name a run folder" in refusal(capsys, "generate", weights, "x")
+
+
+@pytest.mark.parametrize(("world_size", "printed"), [(None, True), ("1", True), ("2", False)])
+def test_a_rank_without_other_processes_does_not_silence_errors(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    world_size: str | None,
+    printed: bool,
+) -> None:
+    """Some clusters set RANK for every program."""
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    if world_size is not None:
+        monkeypatch.setenv("WORLD_SIZE", world_size)
+    with pytest.raises(SystemExit):
+        main(["verify", str(tmp_path / "nothing")])
+    assert ("there is no folder" in capsys.readouterr().err) is printed
 
 
 def test_verify_resume_proves_it_for_a_recipe(tiny: TrainConfig, capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,7 +3,9 @@
 import ast
 import dataclasses
 import functools
+import json
 import re
+from pathlib import Path
 
 import pytest
 
@@ -14,6 +16,7 @@ from toolkit.config import (
     GPT2_SIZES,
     MAY_CHANGE_ON_RESUME,
     CheckpointConfig,
+    DataConfig,
     GPT2Config,
     OptimizerConfig,
     RunConfig,
@@ -56,6 +59,26 @@ def test_a_recipe_that_is_no_json_is_refused(tmp_path) -> None:
         (tmp_path / "recipe.json").write_bytes(text)
         with pytest.raises(UserError, match=r"recipe\.json is not valid JSON"):
             load_recipe(tmp_path / "recipe.json")
+
+
+@pytest.mark.parametrize(
+    ("section", "values", "said"),
+    [
+        ("training", {"max_steps": 5.5}, r"^training\.max_steps=5\.5 is not of the expected type; give int$"),
+        ("training", {"max_steps": "6"}, r"^training\.max_steps='6' is not of the expected type; give int$"),
+        (
+            "training",
+            {"precision": "float32"},
+            r"^training\.precision='float32' .*; give 'auto' or 'fp32' or 'bf16' or 'fp16'$",
+        ),
+        ("data", {"path": "data"}, r"^data\.path='data' is not of the expected type; give tuple\[str, \.\.\.\]$"),
+    ],
+)
+def test_a_recipe_with_a_value_of_another_type_is_refused_before_anything_is_done(
+    section: str, values: dict[str, object], said: str
+) -> None:
+    with pytest.raises(UserError, match=said):
+        parse(change(RECIPE_124M, **{section: values}), [])
 
 
 def test_a_recipe_of_another_version_is_refused(tmp_path) -> None:
@@ -101,6 +124,9 @@ def test_differences_name_the_field_and_both_values() -> None:
         (lambda: gpt2_config("3M"), "size=3M is not a published GPT-2; use one of 124M"),
         (lambda: TrainingConfig(max_steps=0), "max_steps=0 must be above 0"),
         (lambda: TrainingConfig(seed=-1), "seed=-1 must be at least 0"),
+        (lambda: TrainingConfig(watchdog_minutes=1e9), r"watchdog_minutes=1000000000\.0 must be at most 1,000,000"),
+        (lambda: DataConfig(path=("",)), r"data\.path is empty; name a folder"),
+        (lambda: GPT2Config(init_from=""), r"model\.init_from is empty; name a folder"),
         (lambda: OptimizerConfig(learning_rate=float("nan")), "learning_rate=nan must be above 0"),
         (lambda: OptimizerConfig(beta2=1.0), r"beta2=1\.0 must be"),
         (lambda: ScheduleConfig(stable_steps=5), r"stable_steps=5 has no effect with schedule\.name=cosine; use wsd or 0"),
@@ -162,6 +188,33 @@ def test_a_size_gives_the_shape_that_other_flags_start_from() -> None:
     assert parse(RECIPE_124M, ["--model.size", "355M"]).model == gpt2_config("355M")
     mixed = parse(RECIPE_124M, ["--model.n-layer", "3", "--model.size=774M"])
     assert mixed.model == gpt2_config("774M", n_layer=3)
+
+
+def test_weights_give_the_shape_that_other_flags_start_from(tmp_path: Path, capsys) -> None:
+    theirs = {"model_type": "gpt2", "n_layer": 3, "n_head": 2, "n_embd": 6, "n_positions": 32, "vocab_size": 300}
+    (tmp_path / "config.json").write_text(json.dumps(theirs))
+    given = ["--model.init-from", str(tmp_path), "--run.dir", str(tmp_path / "run")]
+    config = parse(RECIPE_124M, [*given, "--data.sequence-length", "32", "--model.dropout", "0.1"])
+    shape = {"n_layer": 3, "n_head": 2, "n_embd": 6, "context_length": 32, "vocab_size": 300, "dropout": 0.1}
+    assert config.model == GPT2Config(**shape, init_from=str(tmp_path))
+    with pytest.raises(SystemExit):
+        parse(RECIPE_124M, given)
+    printed = " ".join(capsys.readouterr().err.replace("│", " ").split())
+    assert "sequence_length=1024 is longer than model.context_length=32; lower --data.sequence-length" in printed
+    assert "raise --model.context-length" not in printed
+
+
+def test_a_run_that_began_with_weights_needs_them_no_more(tmp_path: Path) -> None:
+    """Its recipe knows their shape, and its checkpoints have what became of them."""
+    given = ["--model.init-from", str(tmp_path / "gone"), "--run.dir", str(tmp_path / "run")]
+    with pytest.raises(UserError, match=r"there is no folder .*gone"):
+        parse(RECIPE_124M, given)
+    recorded = gpt2_config("355M", init_from=str(tmp_path / "gone"))
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "recipe.json").write_text(json.dumps(to_dict(dataclasses.replace(RECIPE_124M, model=recorded))))
+    assert parse(RECIPE_124M, given).model == recorded
+    with pytest.raises(UserError, match=r"there is no folder .*other"):
+        parse(RECIPE_124M, ["--model.init-from", str(tmp_path / "other"), *given[2:]])
 
 
 @pytest.mark.parametrize(

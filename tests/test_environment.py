@@ -14,6 +14,7 @@ from toolkit.errors import UserError, describe_os_error
 from toolkit.failpoint import VARIABLE, failpoint, is_set
 from toolkit.training import environment as surroundings
 from toolkit.training.environment import (
+    device_memory_bytes,
     idle_cores,
     refuse_environment,
     resolve_precision,
@@ -96,6 +97,14 @@ def test_what_the_environment_sets_behind_the_recipe_is_refused(
     monkeypatch.setenv(name, value)
     with pytest.raises(UserError, match=words):
         refuse_environment()
+
+
+@pytest.mark.parametrize("said", ["0", "abc", "-1", "1.5"])
+def test_a_number_of_processes_that_is_none_is_refused(monkeypatch: pytest.MonkeyPatch, said: str) -> None:
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", said)
+    for ask in (idle_cores, device_memory_bytes):
+        with pytest.raises(UserError, match=f"LOCAL_WORLD_SIZE={said} is no number of processes; unset it"):
+            ask(CPU)
 
 
 def test_harmless_variables_of_the_launcher_are_accepted(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -214,7 +223,7 @@ def test_failure_points_act_when_and_where_they_are_told(monkeypatch: pytest.Mon
         ("raise UserError('x=1 is wrong; use 2')", 1, "error: x=1 is wrong; use 2\n"),
         ("open('/no/such/file')", 1, "error: /no/such/file: No such file or directory\n"),
         ("raise KeyboardInterrupt", 130, "interrupted\n"),
-        ("os.environ['RANK'] = '1'; raise UserError('said by rank 0')", 1, ""),
+        ("os.environ |= {'RANK': '1', 'WORLD_SIZE': '2'}; raise UserError('said by rank 0')", 1, ""),
     ],
 )
 def test_errors_of_users_are_one_line(code: str, status: int, printed: str) -> None:

@@ -330,6 +330,8 @@ def test_mixtures_that_make_no_sense_are_refused(make_set: MakeSet) -> None:
         open_data([f"{one}=0.5", str(two)])
     with pytest.raises(UserError, match=r"gives no weight above 0 to .*two=-1"):
         open_data([f"{one}=0.5", f"{two}=-1"])
+    with pytest.raises(UserError, match=r"gives no weight above 0 to .*one=0;"):
+        open_data([f"{one}=0"])
     with pytest.raises(UserError, match=r"weight 1e-09 of data set 2 is below 1/100000 of the sum 1"):
         open_data([f"{one}=1", f"{two}=1e-9"])
     other = make_set("other", [300], vocab_size=257, tokenizer="bytes")

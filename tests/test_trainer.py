@@ -317,6 +317,7 @@ def test_optimizers_that_cannot_step_here_are_refused(tiny: TrainConfig) -> None
     for make, said in (
         (lambda p: torch.optim.LBFGS(p), "LBFGS evaluates the loss within its step"),
         (lambda p: torch.optim.Adam(p, lr=torch.tensor(0.01)), "Adam has a tensor as its learning rate"),
+        (lambda p: torch.optim.SGD(nn.Linear(2, 2).parameters(), lr=0.1), "SGD has parameters that GPT2 does not have"),
     ):
         AcceleratorState._reset_state(True)
         model = GPT2(tiny.model, seed=1)
@@ -359,6 +360,11 @@ def test_a_model_that_returns_no_loss_is_refused(
 ) -> None:
     with pytest.raises(UserError, match=said):
         Trainer(tiny, model=Returns(tiny.model, change_loss)).fit()
+
+
+def test_a_model_without_anything_to_train_is_refused(tiny: TrainConfig) -> None:
+    with pytest.raises(UserError, match="every parameter of GPT2 is frozen; nothing would be trained"):
+        Trainer(tiny, model=GPT2(tiny.model, seed=1).requires_grad_(False))
 
 
 class NotFinite(GPT2):
@@ -765,6 +771,28 @@ def test_weights_that_are_not_finite_are_never_saved(
     assert "not finite" in json.loads((folder / "status.json").read_text())["reason"]
 
 
+def test_weights_that_break_before_the_first_checkpoint_are_told_that_there_is_none(
+    fit: Fit, tiny: TrainConfig
+) -> None:
+    with pytest.raises(UserError, match=r"not finite and are not saved; there is no checkpoint yet: start anew with a"):
+        fit(change(tiny, optimizer={"learning_rate": 1e30}, training={"checkpoint_every": 1}))
+
+
+def test_a_model_that_no_memory_holds_is_refused_in_one_line(tiny: TrainConfig) -> None:
+    """A hundred thousand times what an address space has: no overcommitment gives it."""
+    with pytest.raises(UserError, match=r"has no memory left for the weights; weights, gradients and moments take \d+"):
+        Trainer(change(tiny, model={"context_length": 10**16}))
+
+
+def test_an_environment_that_accelerate_refuses_is_told_in_one_line(
+    tiny: TrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    AcceleratorState._reset_state(True)
+    monkeypatch.setenv("ACCELERATE_DEBUG_MODE", "perhaps")
+    with pytest.raises(UserError, match=r"Accelerate refuses its environment: .*perhaps.*; unset that variable"):
+        Trainer(tiny)
+
+
 def test_a_checkpoint_is_read_once_to_resume_from_it(
     fit: Fit, tiny: TrainConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -865,6 +893,16 @@ def test_weights_of_transformers_are_a_starting_point(fit: Fit, tiny: TrainConfi
         loss = theirs(input_ids=windows[:, :-1]).logits
     expected = torch.nn.functional.cross_entropy(loss.flatten(0, 1), windows[:, 1:].flatten()).item()
     assert first["loss/train"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_weights_of_another_vocabulary_than_the_datas_are_refused_with_what_helps(tiny: TrainConfig) -> None:
+    with pytest.raises(UserError, match=r"257 ids but model\.vocab_size=300; use --model\.vocab-size 257"):
+        Trainer(change(tiny, model={"vocab_size": 300}))
+    AcceleratorState._reset_state(True)
+    with pytest.raises(
+        UserError, match=r"=300; use data that is prepared with the tokenizer of the weights in theirs$"
+    ):
+        Trainer(change(tiny, model={"vocab_size": 300, "init_from": "theirs"}))
 
 
 def test_the_muon_recipe_resumes_to_the_bit_and_loads_in_transformers(

@@ -111,6 +111,10 @@ def _verify_checkpoints(path: Path) -> None:
         folders = [path / "checkpoints" / step_name(step) for step in sorted(steps_in(path / "checkpoints"))]
         if not folders:
             raise UserError(f"{path} has no checkpoint yet; train until the first one (--training.checkpoint-every)")
+    elif _is_exported(path):
+        raise UserError(
+            f"{path} is an exported model, which names no hashes; verify the checkpoint that it was made from"
+        )
     damaged = []
     for folder in folders:
         problems = verify_checkpoint(folder)
@@ -359,16 +363,25 @@ def _recipe(source: Path | None, flags: Sequence[str]) -> TrainConfig:
 
 
 def _run_recipe(source: Path) -> dict[str, Any]:
-    """What a recipe file defines; it is not __main__, so nothing is trained."""
+    """What a recipe file defines; it is not __main__, so nothing is trained. As a program it finds modules beside it."""
+    beside = str(source.resolve().parent)
+    sys.path.insert(0, beside)
     try:
         return runpy.run_path(str(source), run_name="recipe")
     except UserError:
         raise
-    except (Exception, SystemExit) as error:
+    except SystemExit:
         raise UserError(
-            f"{source} cannot be read as a recipe ({type(error).__name__}: {error}); its CONFIG has to stand outside of "
+            f"{source} ends the program where its numbers are read; its CONFIG has to stand outside of "
             '`if __name__ == "__main__":`, and what trains inside'
         ) from None
+    except Exception as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise UserError(
+            f"{source} cannot be read as a recipe: {reason}; it has to run by itself and define CONFIG"
+        ) from None
+    finally:
+        sys.path.remove(beside)
 
 
 def _split_flags(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -435,6 +448,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """The entry point of the `toolkit` command."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     with one_line_errors():
+        _refuse_empty(given)
         _log_to_stderr()
         share_cores()
         if given[:1] == ["tokenizer"]:
@@ -452,6 +466,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
         rest = tyro.extras.subcommand_cli_from_dict(verbs, prog="toolkit", description=_DESCRIPTION, args=given)
         if rest is not None:
             rest(flags)
+
+
+def _refuse_empty(arguments: Sequence[str]) -> None:
+    """Raises UserError for an empty argument, which as a path would be the current folder; a prompt may be empty."""
+    prompt = 2 if arguments[:1] == ["generate"] else len(arguments)
+    for index, word in enumerate(arguments[:prompt]):
+        if not word or (word.startswith("--") and word.endswith("=")):
+            after = f" after {arguments[index - 1]}" if index and not word else f" {word}" if word else ""
+            raise UserError(
+                f"an argument{after} is empty; name a path (is a variable of the shell not set?), or . for this folder"
+            )
 
 
 def _log_to_stderr() -> None:
@@ -486,12 +511,17 @@ def _model_folder(run: Path) -> Path:
     """The folder with the model: the newest valid checkpoint of a run, a checkpoint, or an exported model."""
     from toolkit.training.checkpoint import find_checkpoint, verify_checkpoint
 
-    if (run / "config.json").exists() and not any((run / name).exists() for name in ("state.json", "manifest.json")):
-        return run  # exported, or published by others
+    if _is_exported(run):
+        return run
     found = find_checkpoint(run)
     if found == run and (problems := verify_checkpoint(found)):  # of a run it was checked when it was found
         raise UserError(f"{problems[0]}; use another checkpoint, or name the run for its newest good one")
     return found
+
+
+def _is_exported(folder: Path) -> bool:
+    """True for a model that was exported, or published by others, and is no checkpoint."""
+    return (folder / "config.json").exists() and not any((folder / n).exists() for n in ("state.json", "manifest.json"))
 
 
 def _recipe_of(folder: Path) -> TrainConfig | None:

@@ -83,6 +83,8 @@ class GPT2Config:
                 f"model.n_embd={self.n_embd} is not a multiple of model.n_head={self.n_head}; "
                 f"use n_embd {' or '.join(map(str, nearest))}"
             )
+        if self.init_from == "":
+            problems.append("model.init_from is empty; name a folder or a model of the Hub, or None")
         if not 0 <= self.dropout < 1:
             problems.append(f"model.dropout={self.dropout} must be at least 0 and below 1")
         if self.size != "as-stated" and (self.n_layer, self.n_head, self.n_embd) != GPT2_SIZES[self.size]:
@@ -113,7 +115,7 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         problems = _positive("data", self, "sequence_length", "shuffle_group_shards", "cache_gib")
-        if not self.path:
+        if not self.path or not all(self.path):
             problems.append("data.path is empty; name a folder made by `toolkit prepare`")
         _raise_all(problems)
 
@@ -152,6 +154,8 @@ class TrainingConfig:
             "watchdog_minutes",
         )
         problems = _positive("training", self, *counts, *others)
+        if self.watchdog_minutes > 1e6:
+            problems.append(f"training.watchdog_minutes={self.watchdog_minutes} must be at most 1,000,000, which is two years")
         if not 0 <= self.seed < 2**63:
             problems.append(f"training.seed={self.seed} must be at least 0 and below 2**63")
         _raise_all(problems)
@@ -288,9 +292,10 @@ class TrainConfig:
     def __post_init__(self) -> None:
         problems = []
         if self.data.sequence_length > self.model.context_length:
+            raised = "" if self.model.init_from else " or raise --model.context-length"
             problems.append(
                 f"data.sequence_length={self.data.sequence_length} is longer than model.context_length="
-                f"{self.model.context_length}; lower --data.sequence-length or raise --model.context-length"
+                f"{self.model.context_length}; lower --data.sequence-length{raised}"
             )
         if self.training.tokens_per_step % self.data.sequence_length:
             problems.append(
@@ -405,7 +410,10 @@ def _from_json(hint: Any, value: Any, where: str) -> Any:
         return float(value)
     elif type(value) is hint:
         return value
-    raise UserError(f"{where}={value!r} is not of the expected type {hint}")
+    expected = hint.__name__ if origin is None and isinstance(hint, type) else str(hint)
+    if origin is Literal:
+        expected = " or ".join(map(repr, arguments))
+    raise UserError(f"{where}={value!r} is not of the expected type; give {expected}")
 
 
 def differences(old: TrainConfig, new: TrainConfig) -> list[tuple[str, Any, Any]]:

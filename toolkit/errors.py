@@ -22,11 +22,12 @@ class UserError(ValueError):
 
 
 def is_main_process() -> bool:
-    """True in the process whose messages a user should read: global rank 0, or a process that nobody launched.
+    """True in the process whose messages a user should read: global rank 0, or a process that trains alone.
 
-    Why: readable before a process group exists, so that eight processes do not print one error eight times.
+    Why: readable before a process group exists, so that eight processes do not print one error eight times. Some clusters
+    set RANK for every program, but WORLD_SIZE only for those that they launched together.
     """
-    return os.environ.get("RANK", "0") in ("", "0")
+    return os.environ.get("RANK", "0") in ("", "0") or os.environ.get("WORLD_SIZE", "1") in ("", "0", "1")
 
 
 def describe_os_error(error: OSError) -> str:

@@ -4,15 +4,14 @@ Flags are read before torch is imported, so that `--help` and a mistyped flag ar
 process alone.
 """
 
-import dataclasses
 import os
 import sys
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import tyro
 
-from toolkit.config import GPT2_SIZES, GPT2Config, TrainConfig
+from toolkit.config import GPT2_SIZES, GPT2Config, TrainConfig, from_dict, load_recipe, to_dict
 from toolkit.errors import UserError, is_main_process, one_line_errors
 from toolkit.training.supervision import StopRequests
 
@@ -43,15 +42,16 @@ def share_cores() -> None:
 
 
 def parse(default: TrainConfig, arguments: Sequence[str] | None = None) -> TrainConfig:
-    """The recipe with flags applied; `--model.size` and `--model.init-from` set the shape that other flags start from.
+    """The recipe with flags applied; `--model.size` and `--model.init-from` stand for flags of a shape before the others.
 
     Raises: SystemExit after `--help`, or with a message for a flag that does not exist or a value that does not fit.
     """
+    from_dict(TrainConfig, to_dict(default))  # a recipe is Python, which lets any type pass
     given = list(sys.argv[1:] if arguments is None else arguments)
-    default = dataclasses.replace(default, model=_starting_shape(default.model, given))
     return tyro.cli(
         TrainConfig,
-        args=_without_size(given),
+        # As flags and not as defaults, which would have to fit the recipe's other defaults before flags change these.
+        args=[*_starting_shape(given, run_dir=default.run.dir), *_without_size(given)],
         default=default,
         description=(sys.modules["__main__"].__doc__ or "").strip(),
         config=(tyro.conf.FlagConversionOff,),
@@ -85,27 +85,39 @@ def _truth(word: str) -> bool:
     return word.lower() == "true"
 
 
-def _starting_shape(model: GPT2Config, arguments: Sequence[str]) -> GPT2Config:
-    """The recipe's model, in the shape of the published GPT-2 or of the weights that the flags name.
+def _starting_shape(arguments: Sequence[str], *, run_dir: str) -> list[str]:
+    """Flags for the shape of the published GPT-2 or of the weights that these flags name.
 
-    Raises: UserError for an unknown size, or weights that cannot be read.
+    Raises: UserError if both are named, or for weights that cannot be read.
     """
-    shape: dict[str, Any] = {}
-    size = _value_of("--model.size", arguments)
-    if size in GPT2_SIZES:
-        shape = dict(zip(("n_layer", "n_head", "n_embd"), GPT2_SIZES[size], strict=True))
-    source = _value_of("--model.init-from", arguments)
-    if source not in (None, "None"):
-        if shape:
-            raise UserError(
-                f"--model.size {size} and --model.init-from {source} both set the model's shape; give one of them"
-            )
+    size, source = _value_of("--model.size", arguments), _value_of("--model.init-from", arguments)
+    published = dict(zip(("n_layer", "n_head", "n_embd"), GPT2_SIZES.get(size or "", ()), strict=False))
+    if source in (None, "None"):
+        return _flags_of(published)
+    if published:
+        raise UserError(
+            f"--model.size {size} and --model.init-from {source} both set the model's shape; give one of them"
+        )
+    shape = _recorded_shape(Path(_value_of("--run.dir", arguments) or run_dir), source)
+    if shape is None:
         from toolkit.model.huggingface import read_config
 
-        found = read_config(source)
-        names = ("n_layer", "n_head", "n_embd", "context_length", "vocab_size")
-        shape = {name: getattr(found, name) for name in names}
-    return dataclasses.replace(model, **shape) if shape else model
+        shape = read_config(source)
+    names = ("n_layer", "n_head", "n_embd", "context_length", "vocab_size")
+    return _flags_of({name: getattr(shape, name) for name in names})
+
+
+def _flags_of(shape: Mapping[str, int]) -> list[str]:
+    return [word for name, value in shape.items() for word in (f"--model.{name.replace('_', '-')}", str(value))]
+
+
+def _recorded_shape(run: Path, source: str) -> GPT2Config | None:
+    """The shape that a run began with from these weights: they are needed no more, and may be gone or out of reach."""
+    try:
+        model = load_recipe(run / "recipe.json").model
+    except (UserError, OSError):  # no run, or a damaged one, of which the run's folder itself tells
+        return None
+    return model if model.init_from == source else None
 
 
 def _without_size(arguments: Sequence[str]) -> list[str]:

@@ -9,6 +9,7 @@ Guarantees: what sample i holds is a pure function of (seed, i) and the data; ev
 not: move anything to a device, or know processes (`training.trainer`).
 """
 
+import contextlib
 import functools
 import hashlib
 import json
@@ -112,6 +113,14 @@ def parse_weight(path: str) -> tuple[str, float | None]:
     return folder, weight
 
 
+def _names_a_number(path: str) -> bool:
+    """True for "DIR=0", which is no weight and hardly a name."""
+    with contextlib.suppress(ValueError):
+        float(path.rpartition("=")[2])
+        return "=" in path and not is_url(path) and not Path(path).exists()
+    return False
+
+
 def open_data(path: Sequence[str] | str, *, cache_dir: str | None = None, cache_gib: float = 4.0) -> Data:
     """The data sets at these paths, opened and checked: folders made by `toolkit prepare`, or fsspec URLs of such folders.
 
@@ -127,7 +136,7 @@ def open_data(path: Sequence[str] | str, *, cache_dir: str | None = None, cache_
         raise UserError(
             f"{', '.join(censored)} comes from a recipe, which keeps no passwords; give the URL itself: --data.path URL"
         )
-    if unweighted and len(unweighted) < len(parsed):
+    if any(_names_a_number(folder) for folder in unweighted) or 0 < len(unweighted) < len(parsed):
         raise UserError(
             f"data.path gives no weight above 0 to {', '.join(unweighted)}; give one to every set (DIR=0.7) or none"
         )

@@ -434,6 +434,8 @@ def _load_file(path: Path) -> Tokenizer:
             f"tokenizer {path} is not a tokenizer.json of the `tokenizers` library ({type(error).__name__}: "
             f"{str(error)[:80]}); make one with `toolkit tokenizer train`"
         ) from None
+    if eot_id == 256 and ranks == {bytes([value]): value for value in range(256)}:
+        return _load_bytes()  # as an exported model has it: without merges, the pattern decides nothing
     return _build("bpe", ranks, eot_id=eot_id, pattern=GPT2_PATTERN, tiktoken_pattern=r50k_pat_str, path=path)
 
 

@@ -5,7 +5,6 @@ Imports little, so that a worker is soon at work. A frame between the processes 
 
 import json
 import os
-import signal
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -132,7 +131,6 @@ class _Collected:
 
 def serve() -> None:
     """The worker process: answers each block on standard input until it ends."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's affair; the end of the input ends this
     output = os.fdopen(os.dup(1), "wb", buffering=0)
     os.dup2(2, 1)  # a stray print must not get between the frames
     source = os.fdopen(os.dup(0), "rb", buffering=0)

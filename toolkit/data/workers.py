@@ -137,6 +137,12 @@ def _parts_of(answers: "queue.Queue[_Answer]", counts: Counts) -> Iterator[Part]
             raise answer
 
 
+# Ctrl-C reaches all processes of a terminal; the parent ends its workers, also while they import what they need.
+_SERVE = (
+    "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN); from toolkit.data.tokenizing import serve; serve()"
+)
+
+
 class _Worker:
     """One worker process as the parent sees it."""
 
@@ -144,7 +150,7 @@ class _Worker:
         # -P and PYTHONPATH: the same modules as in this process, and none from the current folder
         environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
         self._process = subprocess.Popen(
-            [sys.executable, "-P", "-c", "from toolkit.data.tokenizing import serve; serve()"],
+            [sys.executable, "-P", "-c", _SERVE],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env=environment,

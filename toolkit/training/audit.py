@@ -29,6 +29,8 @@ def audit(run: Path, *, data_path: Sequence[str] = ()) -> Iterator[str]:
 
     Raises: UserError at the end, naming every step that the shards and the ledger do not agree on.
     """
+    if (run / "state.json").exists():
+        raise UserError(f"{run} is a checkpoint, which has no ledger; name the folder of its run")
     config = load_recipe(run / "recipe.json")
     data = open_data(data_path or config.data.path, cache_dir=config.data.cache_dir, cache_gib=config.data.cache_gib)
     steps, skipped, problems = _read_ledger(run, config)

@@ -521,7 +521,8 @@ def find_checkpoint(run_or_checkpoint: Path) -> Path:
     if (path / MANIFEST).exists() and ((path / MODEL).exists() or (path / STATE).exists()):
         return path
     if not path.is_dir():
-        raise UserError(f"{path} does not exist; name a run folder or one of its checkpoints")
+        what = "is a file" if path.exists() else "does not exist"
+        raise UserError(f"{path} {what}; name a run folder or one of its checkpoints")
     folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path
     if folder is path and not steps_in(path):
         raise UserError(f"{path} is neither a run folder with checkpoints nor a checkpoint; name one of these")

@@ -35,6 +35,7 @@ _LARGE_BLOCK = 2**20
 _SIGNS_OF_NO_MEMORY = (
     *("CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED", "CUDA error: out of memory"),
     *("Triton Error [CUDA]: out of memory", "CUDA out of memory"),
+    "DefaultCPUAllocator: can't allocate memory",
 )
 
 
@@ -126,7 +127,7 @@ def idle_cores(device: torch.device) -> str | None:
     Why: `accelerate launch` and torchrun do so unless told otherwise, and training takes as many times longer.
     """
     cores = min(usable_cores(), psutil.cpu_count(logical=False) or usable_cores())
-    threads, processes = torch.get_num_threads(), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    threads, processes = torch.get_num_threads(), _local_processes()
     if device.type != "cpu" or 2 * threads * processes > cores:
         return None
     return (
@@ -146,7 +147,15 @@ def device_memory_bytes(device: torch.device) -> int:
     """Memory that one process may count on: the device's; of a CPU's, its part of what the machine has free now."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
-    return int(psutil.virtual_memory().available) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return int(psutil.virtual_memory().available) // _local_processes()
+
+
+def _local_processes() -> int:
+    """Processes of this run on this machine, as its launcher says; 1 without one."""
+    said = os.environ.get("LOCAL_WORLD_SIZE", "1")
+    if not said.isdecimal() or int(said) < 1:
+        raise UserError(f"LOCAL_WORLD_SIZE={said} is no number of processes; unset it, launchers set it by themselves")
+    return int(said)
 
 
 def library_versions() -> dict[str, str]:

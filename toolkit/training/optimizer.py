@@ -47,10 +47,12 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig, *, device_type: s
 
     Every group has a "name", its "algorithm" ("adamw" or "muon") and its "peak_learning_rate".
     Why: biases and LayerNorm gains have no scale that decay could control, so only tensors with two axes decay.
-    Raises: UserError if Muon is asked for and the model has no matrices for it.
+    Raises: UserError if every parameter is frozen, or if Muon is asked for and the model has no matrices for it.
     Source: Brown et al. 2020, app. B (AdamW's settings); Jordan et al. 2024 (Muon).
     """
     named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    if not named:
+        raise UserError(f"every parameter of {type(model).__name__} is frozen; nothing would be trained")
     hidden = muon_groups(named, config) if config.name == "muon" else []
     in_muon = {id(parameter) for group in hidden for parameter in group["params"]}
     rest = [parameter for _, parameter in named if id(parameter) not in in_muon]

@@ -655,10 +655,14 @@ class Trainer:
             data = open_data(
                 self.config.data.path, cache_dir=self.config.data.cache_dir, cache_gib=self.config.data.cache_gib
             )
-            if data.vocab_size != self.config.model.vocab_size:
+            model = self.config.model
+            if data.vocab_size != model.vocab_size:
+                fix = f"use --model.vocab-size {data.vocab_size}"
+                if model.init_from is not None:
+                    fix = f"use data that is prepared with the tokenizer of the weights in {model.init_from}"
                 raise UserError(
                     f"the data's tokenizer {data.tokenizer_info.name!r} has {data.vocab_size} ids but model.vocab_size="
-                    f"{self.config.model.vocab_size}; use --model.vocab-size {data.vocab_size}"
+                    f"{model.vocab_size}; {fix}"
                 )
             # Opened now, so that a set without validation windows is refused before the first step and not after it.
             self.validation = [
@@ -715,19 +719,20 @@ class Trainer:
         """Model and optimizer on their device, wrapped by Accelerate; weights from the seed or from `init_from`."""
         config = self.config
         if model is None:
-            model = GPT2(
-                config.model,
-                activation_checkpointing=config.training.activation_checkpointing,
-                loss_chunk_tokens=config.training.loss_chunk_tokens,
-                seed=config.training.seed,
-            )
+            with self.processes.together(), self._naming_missing_memory("the weights"):
+                model = GPT2(
+                    config.model,
+                    activation_checkpointing=config.training.activation_checkpointing,
+                    loss_chunk_tokens=config.training.loss_chunk_tokens,
+                    seed=config.training.seed,
+                )
             if config.model.init_from is not None and self._start is None:
                 self._init_from(model, config.model.init_from)
         _refuse_unsavable(model, config.model)
         with self.processes.together(), self._naming_missing_memory("the weights"):
             self.raw_model: GPT2 = model.to(self.device)  # type: ignore[assignment]  # or one's own with the same verbs
         self.raw_optimizer = optimizer or build_optimizer(model, config.optimizer, device_type=self.device.type)
-        _refuse_unsteppable(self.raw_optimizer)
+        _refuse_unsteppable(self.raw_optimizer, model)
         updated = {id(parameter) for group in self.raw_optimizer.param_groups for parameter in group["params"]}
         for parameter in self.raw_model.parameters():
             if id(parameter) not in updated:  # an optimizer of one's own leaves it as it is: it needs no gradient
@@ -810,10 +815,15 @@ class Trainer:
 
     def _refuse_broken_weights(self) -> None:
         if not torch.isfinite(total_norm(self.raw_model.parameters())):
-            raise UserError(
-                f"the weights at step {self.step} are not finite and are not saved; the checkpoints before are intact: start "
-                "again from one with a lower --optimizer.learning-rate in a new run (--run.resume-from)"
+            way_out = (
+                "there is no checkpoint yet: start anew with a lower --optimizer.learning-rate in another --run.dir"
             )
+            if self.records is not None and self.records.newest_checkpoint() is not None:
+                way_out = (
+                    "the checkpoints before are intact: start again from one with a lower --optimizer.learning-rate in a new "
+                    "run (--run.resume-from)"
+                )
+            raise UserError(f"the weights at step {self.step} are not finite and are not saved; {way_out}")
 
     def _start_loader(self) -> None:
         """Batches from the position on: Accelerate hands process r of N the micro-batches r, r + N, ..."""
@@ -1003,8 +1013,15 @@ def _refuse_unsavable(model: nn.Module, config: GPT2Config) -> None:
         )
 
 
-def _refuse_unsteppable(optimizer: torch.optim.Optimizer) -> None:
+def _refuse_unsteppable(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
     """Raises UserError for an optimizer whose step, or whose state on the disk, is not one of ours."""
+    own = {id(parameter) for parameter in model.parameters()}
+    updated = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    if any(id(parameter) not in own for parameter in updated):
+        raise UserError(
+            f"{type(optimizer).__name__} has parameters that {type(model).__name__} does not have; make it from "
+            "model.parameters() of the model that is handed to the trainer with it"
+        )
     if isinstance(optimizer, torch.optim.LBFGS):
         raise UserError("LBFGS evaluates the loss within its step; use an optimizer that steps from gradients")
     if any(isinstance(group["lr"], Tensor) for group in optimizer.param_groups):
@@ -1052,19 +1069,25 @@ def _accelerator(precision: Precision, *, watchdog_minutes: float) -> Accelerato
     views into DDP's communication buffers, so that they exist once (see `_build`). No static graph: it fails under `no_sync`.
     """
     mixed_precision = "no" if precision == "fp32" else precision
-    accelerator = Accelerator(
-        cpu=cpu_is_asked_for() or not torch.accelerator.is_available(),
-        mixed_precision=mixed_precision,
-        gradient_accumulation_steps=1,
-        dataloader_config=DataLoaderConfiguration(even_batches=False, non_blocking=True),
-        kwargs_handlers=[
-            # The watchdogs end a stuck job first and name the line; this is what ends it if they cannot.
-            InitProcessGroupKwargs(
-                init_method=restartable_init_method(), timeout=timedelta(minutes=2 * watchdog_minutes)
-            ),
-            DistributedDataParallelKwargs(gradient_as_bucket_view=True),
-        ],
-    )
+    try:
+        accelerator = Accelerator(
+            cpu=cpu_is_asked_for() or not torch.accelerator.is_available(),
+            mixed_precision=mixed_precision,
+            gradient_accumulation_steps=1,
+            dataloader_config=DataLoaderConfiguration(even_batches=False, non_blocking=True),
+            kwargs_handlers=[
+                # The watchdogs end a stuck job first and name the line; this is what ends it if they cannot.
+                InitProcessGroupKwargs(
+                    init_method=restartable_init_method(), timeout=timedelta(minutes=2 * watchdog_minutes)
+                ),
+                DistributedDataParallelKwargs(gradient_as_bucket_view=True),
+            ],
+        )
+    except ValueError as error:  # a variable that no launcher sets so
+        reason = " ".join(str(error).split())
+        raise UserError(
+            f"Accelerate refuses its environment: {reason}; unset that variable, or use a launcher"
+        ) from None
     if accelerator.mixed_precision != mixed_precision or accelerator.gradient_accumulation_steps != 1:
         raise UserError(
             f"Accelerate uses mixed precision {accelerator.mixed_precision} and {accelerator.gradient_accumulation_steps} "
