@@ -9,8 +9,11 @@ import os
 import random
 import resource
 import shutil
+import signal
 import subprocess
 import sys
+import textwrap
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -25,6 +28,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet
 
+from tests.support import ROOT, environment
 from toolkit import failpoint
 from toolkit.data import journal, reading, sources
 from toolkit.data import prepare as module
@@ -34,7 +38,6 @@ from toolkit.data.shards import verify_data
 from toolkit.data.tokenizer import _byte_characters, load_tokenizer, train_tokenizer
 from toolkit.errors import UserError
 
-ROOT = Path(__file__).parent.parent
 SPLITS: tuple[Split, Split] = ("train", "val")
 
 
@@ -490,6 +493,36 @@ def test_a_worker_that_dies_is_one_line_and_the_next_run_continues(
 
 
 # --- disks -----------------------------------------------------------------------------------------------------------
+
+
+def test_an_interrupt_while_workers_start_is_one_word(corpus: Path, tmp_path: Path) -> None:
+    """Ctrl-C reaches every process of the terminal, here the worker in its first import."""
+    started = tmp_path / "started"
+    (tmp_path / "sitecustomize.py").write_text(
+        textwrap.dedent(f"""
+            import pathlib, sys, time
+            if "serve()" in sys.orig_argv[-1]:
+                pathlib.Path({str(started)!r}).touch()
+                time.sleep(1)
+        """)
+    )
+    code = "import sys; from toolkit.cli import main; sys.argv[0] = 'toolkit'; main()"
+    arguments = [str(corpus), "--out", str(tmp_path / "out"), "--tokenizer", "bytes", "--workers", "2"]
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, "prepare", *arguments],
+        env=environment(PYTHONPATH=os.pathsep.join([str(ROOT), str(tmp_path)])),
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    while not started.exists():
+        assert process.poll() is None
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGINT)
+    _, printed = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert printed.splitlines()[-1] == "interrupted"
+    assert "Traceback" not in printed
 
 
 def test_a_file_that_may_not_grow_stops_with_a_line_and_nothing_lost(

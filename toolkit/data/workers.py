@@ -137,25 +137,25 @@ def _parts_of(answers: "queue.Queue[_Answer]", counts: Counts) -> Iterator[Part]
             raise answer
 
 
-# Ctrl-C reaches all processes of a terminal; the parent ends its workers, also while they import what they need.
-_SERVE = (
-    "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN); from toolkit.data.tokenizing import serve; serve()"
-)
-
-
 class _Worker:
     """One worker process as the parent sees it."""
 
     def __init__(self) -> None:
         # -P and PYTHONPATH: the same modules as in this process, and none from the current folder
         environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
-        self._process = subprocess.Popen(
-            [sys.executable, "-P", "-c", _SERVE],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            env=environment,
-            bufsize=0,
-        )
+        # Ctrl-C, which reaches all processes of a terminal, is the parent's affair; the end of its input ends this one. So it
+        # is blocked from the worker's first moment on, and in this process until then.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            self._process = subprocess.Popen(
+                [sys.executable, "-P", "-c", "from toolkit.data.tokenizing import serve; serve()"],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                env=environment,
+                bufsize=0,
+            )
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
         self._sending = threading.Lock()
         self._answering = threading.Condition()
         self._asked = self._answered = 0
