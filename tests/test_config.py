@@ -7,6 +7,7 @@ import json
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from recipes.train_124m import CONFIG as RECIPE_124M
@@ -71,6 +72,9 @@ def test_a_recipe_that_is_no_json_is_refused(tmp_path) -> None:
             {"precision": "float32"},
             r"^training\.precision='float32' .*; give 'auto' or 'fp32' or 'bf16' or 'fp16'$",
         ),
+        ("run", {"dir": Path("runs/a")}, r"^run\.dir=PosixPath\('runs/a'\) is not of the expected type; give str$"),
+        ("training", {"max_steps": np.int64(6)}, r"^training\.max_steps=np\.int64\(6\) is not .*; give int$"),
+        ("data", {"path": (Path("data"),)}, r"^data\.path=PosixPath\('data'\) is not of the expected type; give str$"),
         ("data", {"path": "data"}, r"^data\.path='data' is not of the expected type; give tuple\[str, \.\.\.\]$"),
     ],
 )
@@ -78,7 +82,7 @@ def test_a_recipe_with_a_value_of_another_type_is_refused_before_anything_is_don
     section: str, values: dict[str, object], said: str
 ) -> None:
     with pytest.raises(UserError, match=said):
-        parse(change(RECIPE_124M, **{section: values}), [])
+        change(RECIPE_124M, **{section: values})
 
 
 def test_a_recipe_of_another_version_is_refused(tmp_path) -> None:

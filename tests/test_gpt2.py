@@ -488,3 +488,31 @@ def test_the_cache_works_under_autocast() -> None:
         logits = model.next_logits(ids()[:, 20:], cache)
         assert cache.keys[0].dtype == torch.bfloat16
     assert torch.allclose(logits.float(), model.logits(ids())[:, -1], atol=0.02)
+
+
+def test_a_gradient_of_the_loss_s_gradient_is_refused_rather_than_wrong() -> None:
+    """The loss computes its gradient beforehand, as numbers: a penalty on it would train on nonsense."""
+    model = GPT2(TINY, seed=1)
+    ids = torch.zeros(1, 4, dtype=torch.int64)
+    gains = [model.ln_f.weight, model.ln_f.bias]
+    with pytest.raises(UserError, match=r"compute the loss from model\.logits\(input_ids\) by torch's cross_entropy"):
+        torch.autograd.grad(model(ids, ids.clone()), gains, create_graph=True)
+
+
+@pytest.mark.parametrize("target", [-1, -7])
+def test_a_negative_target_that_is_not_the_ignored_one_is_refused(target: int) -> None:
+    """As in torch's cross_entropy; -1 is what some others ignore."""
+    model = GPT2(TINY, seed=1)
+    ids = torch.zeros(1, 4, dtype=torch.int64)
+    targets = torch.tensor([[0, target, 0, 0]])
+    for losses in (model, model.token_losses):
+        with pytest.raises((RuntimeError, IndexError), match="out of bounds"):
+            losses(ids, targets)
+
+
+def test_targets_of_another_shape_are_refused() -> None:
+    model = GPT2(TINY, seed=1)
+    ids, targets = torch.zeros(3, 8, dtype=torch.int64), torch.zeros(3, 5, dtype=torch.int64)
+    for losses in (model, model.token_losses):
+        with pytest.raises(UserError, match=r"\(3, 8\) and targets of shape \(3, 5\); give one target for each input"):
+            losses(ids, targets)

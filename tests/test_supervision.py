@@ -132,3 +132,48 @@ def test_the_watchdog_prints_the_line_that_hangs_and_ends_the_process() -> None:
     assert process.returncode == 1
     assert "Timeout (0:00:00.6" in error
     assert "in in_c" in error
+
+
+def test_two_listeners_both_hear_and_the_last_puts_things_back() -> None:
+    """As two runs in one program do; one of them listens twice."""
+    code = """
+other = StopRequests()
+assert other.listen() and other.listen()
+os.kill(os.getpid(), signal.SIGTERM)
+time.sleep(0.2)
+print("ready", requests.reason, other.reason)
+requests.stop_listening()
+print(signal.getsignal(signal.SIGTERM) == signal.SIG_DFL)
+other.stop_listening()
+print(signal.getsignal(signal.SIGTERM) == signal.SIG_DFL, signal.set_wakeup_fd(-1))
+again = StopRequests()
+again.listen()
+os.kill(os.getpid(), signal.SIGINT)
+time.sleep(0.2)
+print(again.reason, other.reason)
+again.stop_listening()
+os.kill(os.getpid(), signal.SIGTERM)
+"""
+    result = subprocess.run(
+        [sys.executable, "-c", PRELUDE + code], env=environment(), capture_output=True, text=True, timeout=30
+    )
+    expected = "ready received SIGTERM received SIGTERM\nFalse\nTrue -1\nreceived SIGINT received SIGTERM\n"
+    assert (result.stdout, result.returncode) == (expected, -signal.SIGTERM), result.stderr
+
+
+def test_a_thread_gets_no_signals_and_takes_none_away() -> None:
+    code = """
+heard = []
+thread = threading.Thread(target=lambda: heard.append(StopRequests().listen()))
+thread.start()
+thread.join()
+threading.Thread(target=requests.stop_listening).start()
+time.sleep(0.2)
+print("ready", heard, flush=True)
+os.kill(os.getpid(), signal.SIGTERM)
+time.sleep(30)
+"""
+    result = subprocess.run(
+        [sys.executable, "-c", PRELUDE + code], env=environment(), capture_output=True, text=True, timeout=20
+    )
+    assert (result.stdout, result.returncode) == ("ready [False]\n", 128 + signal.SIGTERM), result.stderr

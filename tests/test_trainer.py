@@ -5,6 +5,8 @@ import json
 import math
 import os
 import shutil
+import signal
+import threading
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -270,6 +272,11 @@ class Buffered(GPT2):
             lambda config: Extra(config, seed=1),
             r"Extra is not the GPT-2 of model\.\* that checkpoints hold: it has extra;",
         ),
+        (
+            lambda config: GPT2(config, seed=1).bfloat16(),
+            r"it has wte\.weight in torch\.bfloat16, not torch\.float32, .*, and \d+ more",
+        ),
+        (lambda config: GPT2(dataclasses.replace(config, n_head=4), seed=1), "it has n_head=4, not 2;"),
         (lambda config: Buffered(config, seed=1), "it has count; .*register buffers with persistent=False"),
         (lambda config: nn.Linear(2, 2), r"it has no GPT2Config as its config, has weight, has bias, and \d+ more"),
         (lambda config: GPT2(dataclasses.replace(config, n_layer=1), seed=1), r"it lacks h\.1\.ln_1\.weight"),
@@ -278,7 +285,7 @@ class Buffered(GPT2):
             r"it has wte\.weight of shape \(300, ",
         ),
     ],
-    ids=["parameter", "buffer", "module", "layers", "vocabulary"],
+    ids=["parameter", "dtype", "heads", "buffer", "module", "layers", "vocabulary"],
 )
 def test_a_model_that_checkpoints_cannot_hold_is_refused_before_the_first_step(
     tiny: TrainConfig, make: Callable[[Any], nn.Module], said: str
@@ -365,6 +372,89 @@ def test_a_model_that_returns_no_loss_is_refused(
 def test_a_model_without_anything_to_train_is_refused(tiny: TrainConfig) -> None:
     with pytest.raises(UserError, match="every parameter of GPT2 is frozen; nothing would be trained"):
         Trainer(tiny, model=GPT2(tiny.model, seed=1).requires_grad_(False))
+
+
+def test_verbs_before_resume_are_refused_and_leave_the_run_as_it_was(fit: Fit, tiny: TrainConfig) -> None:
+    run = fit(tiny)
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    AcceleratorState._reset_state(True)
+    with Trainer(change(tiny, training={"max_steps": 20})) as trainer:
+        for verb in (trainer.train_step, trainer.evaluate, trainer.sample, trainer.save, trainer.finish):
+            with pytest.raises(UserError, match=r"call the trainer's resume\(\) before its other verbs"):
+                verb()
+    after = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    assert {path.name for path in after if after[path] != before[path]} <= {"run.json", "recipe.json"}  # of this start
+    assert after.keys() == before.keys()
+
+
+def test_a_loop_that_ends_early_is_told_what_was_saved(tiny: TrainConfig, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    with Trainer(tiny) as trainer:
+        trainer.resume()
+        trainer.train_step()
+        trainer.finish()
+        assert caplog.messages[-1] == "finished at step 1; nothing was saved"
+        trainer.save()
+        trainer.finish()
+        assert caplog.messages[-1].endswith(
+            "finished at step 1; weights: " + tiny.run.dir + "/checkpoints/step-00000001"
+        )
+        trainer.train_step()
+        trainer.finish()
+        assert caplog.messages[-1] == "finished at step 2; nothing was saved since step 1"
+        trainer.finish(stopped=True)
+        assert caplog.messages[-1].startswith("stopped at step 2 (the loop ended early)")
+
+
+def test_results_that_are_logged_later_keep_their_step(tiny: TrainConfig) -> None:
+    with Trainer(change(tiny, training={"max_steps": 3})) as trainer:
+        trainer.resume()
+        for result in [trainer.train_step() for _ in range(3)]:
+            trainer.log(result)
+        trainer.save()
+        trainer.finish()
+    found = [(row["step"], row["tokens"]) for row in rows(Path(tiny.run.dir))]
+    assert found == [(step, step * tiny.training.tokens_per_step) for step in (1, 2, 3)]
+    assert "once per epoch" in list(audit(Path(tiny.run.dir)))[-1]
+
+
+def test_a_run_in_a_thread_trains_and_lets_go_of_its_folder(
+    tiny: TrainConfig, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    thread = threading.Thread(target=lambda: Trainer(tiny).fit())
+    thread.start()
+    thread.join()
+    assert json.loads((Path(tiny.run.dir) / "status.json").read_text())["status"] == "finished"
+    assert any("not the program's main thread" in line for line in caplog.messages)
+    Trainer(tiny).close()  # nobody holds the folder
+
+
+def test_signals_are_as_before_after_a_trainer_that_resumed_twice(tiny: TrainConfig) -> None:
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    trainer = Trainer(change(tiny, training={"max_steps": 2}))
+    trainer.resume()
+    assert signal.getsignal(signal.SIGINT) != before[0]
+    trainer.fit()
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
+
+
+def test_another_precision_in_one_process_is_refused_in_one_line(fit: Fit, tiny: TrainConfig, tmp_path: Path) -> None:
+    fit(change(tiny, training={"max_steps": 1}))
+    with pytest.raises(UserError, match=r"has trained in another precision than bf16 already, .*start another process"):
+        Trainer(change(tiny, run={"dir": str(tmp_path / "other")}, training={"precision": "bf16"}))
+
+
+def test_a_ninth_compiled_run_of_one_process_is_compiled_too(tiny: TrainConfig, tmp_path: Path) -> None:
+    """Torch counts the programs of a class in a process, and beyond its limit leaves the rest uncompiled."""
+    limit = {"recompile_limit": 1, "fail_on_recompile_limit_hit": True}
+    with torch._dynamo.config.patch(limit):
+        for n_embd in (32, 16):
+            training = {"max_steps": 1, "compile": "on", "checkpoint_every": None}
+            config = change(tiny, run={"dir": str(tmp_path / str(n_embd))}, model={"n_embd": n_embd}, training=training)
+            with Trainer(config) as trainer:
+                trainer.resume()
+                assert math.isfinite(trainer.train_step().loss)
 
 
 class NotFinite(GPT2):

@@ -290,6 +290,7 @@ class TrainConfig:
     wandb: WandbConfig = field(default_factory=WandbConfig)
 
     def __post_init__(self) -> None:
+        _check_types(self)
         problems = []
         if self.data.sequence_length > self.model.context_length:
             raised = "" if self.model.init_from else " or raise --model.context-length"
@@ -388,6 +389,15 @@ def from_dict(cls: type[T], values: Mapping[str, Any], *, where: str = "") -> T:
             f"{where or cls.__name__}: unknown keys {unknown}, missing keys {missing}; made by another version?"
         )
     return cls(**{name: _from_json(hints[name], values[name], f"{where}.{name}".lstrip(".")) for name in hints})
+
+
+def _check_types(config: TrainConfig) -> None:
+    """Raises UserError for a value of a type that `from_dict` would not take back; Python lets any pass."""
+    for section in dataclasses.fields(config):
+        values = getattr(config, section.name)
+        for name, hint in typing.get_type_hints(type(values)).items():
+            value = getattr(values, name)
+            _from_json(hint, list(value) if isinstance(value, tuple) else value, f"{section.name}.{name}")
 
 
 def _from_json(hint: Any, value: Any, where: str) -> Any:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import tyro
 
-from toolkit.config import GPT2_SIZES, GPT2Config, TrainConfig, from_dict, load_recipe, to_dict
+from toolkit.config import GPT2_SIZES, GPT2Config, TrainConfig, load_recipe
 from toolkit.errors import UserError, is_main_process, one_line_errors
 from toolkit.training.supervision import StopRequests
 
@@ -46,7 +46,6 @@ def parse(default: TrainConfig, arguments: Sequence[str] | None = None) -> Train
 
     Raises: SystemExit after `--help`, or with a message for a flag that does not exist or a value that does not fit.
     """
-    from_dict(TrainConfig, to_dict(default))  # a recipe is Python, which lets any type pass
     given = list(sys.argv[1:] if arguments is None else arguments)
     return tyro.cli(
         TrainConfig,

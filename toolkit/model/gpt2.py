@@ -127,6 +127,13 @@ class Block(nn.Module):
         return out
 
 
+def _check_shapes(input_ids: Tensor, targets: Tensor) -> None:
+    if input_ids.shape != targets.shape:
+        raise UserError(
+            f"input_ids of shape {tuple(input_ids.shape)} and targets of shape {tuple(targets.shape)}; give one target for each input"
+        )
+
+
 class GPT2(nn.Module):
     """GPT-2; called with input_ids and targets it returns the loss, so that training never holds all logits.
 
@@ -158,8 +165,9 @@ class GPT2(nn.Module):
         """The mean cross-entropy over all targets that are not -100.
 
         Shapes: input_ids, targets (B, T) int64 -> loss () float32, nats per target.
-        Raises: UserError if T > context_length.
+        Raises: UserError if T > context_length, or if there is not one target for each input.
         """
+        _check_shapes(input_ids, targets)
         embedded, head = embed_tied(input_ids, self.wte.weight)
         return mean_cross_entropy(
             self._hidden(embedded).flatten(0, 1),
@@ -175,6 +183,7 @@ class GPT2(nn.Module):
 
         Shapes: input_ids, targets (B, T) int64 -> (B, T) float32, nats.
         """
+        _check_shapes(input_ids, targets)
         losses = cross_entropy(
             self._hidden(self.wte(input_ids)).flatten(0, 1),
             self.wte.weight,

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from toolkit.errors import UserError
 from toolkit.model.product import multiply, operand, product_dtype
 
 IGNORED_TARGET = -100  # as in torch.nn.functional.cross_entropy
@@ -101,6 +102,11 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True
+            raise UserError(
+                "the model's loss has its gradient as mere numbers, which have none themselves; where you need it, compute "
+                "the loss from model.logits(input_ids) by torch's cross_entropy"
+            )
         hidden_grad, weight_grad, count = ctx.saved_tensors
         hidden_dtype, weight_dtype = ctx.dtypes
         scale = grad_outputs[0].float() / count
@@ -158,7 +164,7 @@ def _softmax_(logits: Tensor, targets: Tensor, vocab_size: int, *, with_gradient
         of_op: Tensor = _softmax_op_(logits, targets, vocab_size, with_gradient)
         return of_op
     logits[:, vocab_size:] = -torch.inf
-    columns = targets.clamp(min=0)[:, None]  # (n, 1)
+    columns = targets.masked_fill(targets == IGNORED_TARGET, 0)[:, None]  # (n, 1)
     log_probabilities = torch.log_softmax(logits, dim=1, dtype=torch.float32)  # (n, P)
     losses = -log_probabilities.gather(1, columns).squeeze(1)
     if with_gradient:
@@ -174,7 +180,7 @@ def _softmax_in_tiles_(logits: Tensor, targets: Tensor, vocab_size: int, *, with
     tile = max(1, (CPU_TILE_ELEMENTS if on_cpu else GPU_TILE_ELEMENTS) // logits.size(1))
     losses = []
     for rows, row_targets in _chunks(logits, targets, tile):
-        columns = row_targets.clamp(min=0)[:, None]  # (r, 1)
+        columns = row_targets.masked_fill(row_targets == IGNORED_TARGET, 0)[:, None]  # (r, 1)
         log_probabilities = torch.log_softmax(rows, dim=1, dtype=torch.float32)  # (r, P)
         of_targets = log_probabilities.gather(1, columns)  # (r, 1)
         losses.append(-of_targets.squeeze(1).masked_fill(row_targets == IGNORED_TARGET, 0.0))

@@ -47,8 +47,6 @@ class StopRequests:
         self._received: signal.Signals | None = None
         self._first: float = 0.0
         self._launcher = os.getppid() if any(name in os.environ for name in _LAUNCHER_VARIABLES) else None
-        self._previous: dict[int, Any] = {}
-        self._pipe: int | None = None  # its writing end
 
     def follow_launcher(self) -> None:
         """Asks Linux for a SIGTERM when the launcher dies: until `listen`, this process dies with it."""
@@ -57,29 +55,14 @@ class StopRequests:
             if self._launcher_died():  # before the system was asked
                 signal.raise_signal(signal.SIGTERM)
 
-    def listen(self) -> None:
-        """From now on a signal is a request; to be called in the main thread."""
+    def listen(self) -> bool:
+        """From now on a signal is a request; False in a thread, to which Python gives no signals."""
         self.follow_launcher()
-        reading, self._pipe = os.pipe()
-        os.set_blocking(self._pipe, False)
-        threading.Thread(target=self._take_all, args=(reading,), name="signals", daemon=True).start()
-        signal.set_wakeup_fd(self._pipe, warn_on_full_buffer=False)
-        _listening.add(self)
-        _register_fork_handler()
-        for number in STOP_SIGNALS:
-            if number in (signal.SIGTERM, signal.SIGINT) or signal.getsignal(number) != signal.SIG_IGN:
-                self._previous[number] = signal.signal(number, _leave_it_to_the_thread)
+        return _signals.add(self)
 
     def stop_listening(self) -> None:
-        """Puts the handlers back that were there before `listen`."""
-        for number, handler in self._previous.items():
-            signal.signal(number, handler if handler is not None else signal.SIG_DFL)
-        self._previous.clear()
-        if self._pipe is not None:
-            signal.set_wakeup_fd(-1)
-            os.close(self._pipe)
-            self._pipe = None
-            _listening.discard(self)
+        """Signals do what they did before `listen`, unless another still listens."""
+        _signals.remove(self)
 
     def asked(self) -> bool:
         """True once this process should stop; also notices a dead launcher where the system sends no signal for it."""
@@ -99,15 +82,8 @@ class StopRequests:
     def _launcher_died(self) -> bool:
         return self._launcher is not None and os.getppid() != self._launcher
 
-    def _take_all(self, reading: int) -> None:
-        """Takes the numbers of signals out of the pipe until its other end is closed."""
-        while numbers := os.read(reading, 64):
-            for number in numbers:
-                if number in self._previous:  # not another part's signal
-                    self._take(signal.Signals(number))
-        os.close(reading)
-
-    def _take(self, received: signal.Signals) -> None:
+    def take(self, received: signal.Signals) -> None:
+        """Notes a signal; the second ends the process."""
         now = time.monotonic()
         if self._received is None:
             self._received, self._first = received, now
@@ -119,25 +95,82 @@ class StopRequests:
             os._exit(128 + received)
 
 
-_listening: set[StopRequests] = set()
-_registered = False
+class _Signals:
+    """The signals of this process, while somebody listens: a thread hands each to all who do.
+
+    Why shared: there is one handler for a signal, and one pipe, however many runs a program has, one after another or at
+    the same time.
+    """
+
+    def __init__(self) -> None:
+        self._listeners: list[StopRequests] = []
+        self._previous: dict[int, Any] = {}  # handlers
+        self._previous_wakeup = -1
+        self._pipe: int | None = None  # its writing end
+        self._follows_forks = False
+
+    def add(self, requests: StopRequests) -> bool:
+        """True if `requests` gets the signals from now on."""
+        if threading.current_thread() is not threading.main_thread():
+            return False
+        if requests not in self._listeners:
+            self._listeners.append(requests)  # first: from the first signal on, somebody takes it
+            if self._pipe is None:
+                self._begin()
+        return True
+
+    def remove(self, requests: StopRequests) -> None:
+        """The last one to go leaves all as it was; outside the main thread that cannot be, and a signal ends the process."""
+        if self._listeners == [requests] and threading.current_thread() is threading.main_thread():
+            self._end()
+        if requests in self._listeners:
+            self._listeners.remove(requests)
+
+    def _begin(self) -> None:
+        reading, self._pipe = os.pipe()
+        os.set_blocking(self._pipe, False)
+        threading.Thread(target=self._take_all, args=(reading,), name="signals", daemon=True).start()
+        self._previous_wakeup = signal.set_wakeup_fd(self._pipe, warn_on_full_buffer=False)
+        if not self._follows_forks:  # it cannot be taken back, so once per process
+            os.register_at_fork(after_in_child=self._end_in_child)
+            self._follows_forks = True
+        for number in STOP_SIGNALS:
+            if number in (signal.SIGTERM, signal.SIGINT) or signal.getsignal(number) != signal.SIG_IGN:
+                self._previous[number] = signal.signal(number, _leave_it_to_the_thread)
+
+    def _end(self) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler if handler is not None else signal.SIG_DFL)
+        self._previous.clear()
+        signal.set_wakeup_fd(self._previous_wakeup)
+        if self._pipe is not None:
+            os.close(self._pipe)
+            self._pipe = None
+
+    def _end_in_child(self) -> None:
+        """A signal to a forked child is for the child: it would come out of its parent's pipe."""
+        if self._pipe is not None:
+            self._end()
+            self._listeners.clear()
+
+    def _take_all(self, reading: int) -> None:
+        """Takes the numbers of signals out of the pipe until its other end is closed."""
+        while numbers := os.read(reading, 64):
+            for number in numbers:
+                if number not in self._previous:  # another part's signal
+                    continue
+                for requests in list(self._listeners):
+                    requests.take(signal.Signals(number))
+                if not self._listeners:
+                    os._exit(128 + number)
+        os.close(reading)
+
+
+_signals = _Signals()
 
 
 def _leave_it_to_the_thread(number: int, frame: FrameType | None) -> None:
     """A handler there must be, or the system would act by itself."""
-
-
-def _register_fork_handler() -> None:
-    global _registered
-    if not _registered:  # it cannot be taken back, so once per process
-        os.register_at_fork(after_in_child=_stop_listening_in_child)
-        _registered = True
-
-
-def _stop_listening_in_child() -> None:
-    """A signal to a forked child is for the child: it would come out of its parent's pipe."""
-    for requests in list(_listening):
-        requests.stop_listening()
 
 
 class Watchdog:

@@ -100,6 +100,7 @@ SIGNS_OF_A_LOST_PEER = (
 class StepResult:
     """What one optimizer step did, equal in every process."""
 
+    step: int  # updates made so far, this one included
     loss: float  # mean over the step's tokens, before the update [nats per token]
     grad_norm: float  # global, before clipping
     learning_rate: float
@@ -158,6 +159,7 @@ class Trainer:
         self.last_loss: float | None = None  # the latest validation's, if it was finite
         self.spikes = SpikeDetector(z_score=config.training.spike_z_score)
         self._rewound_to: Counter[str] = Counter()  # how often this start went back to each checkpoint
+        self._first_step: int | None = None  # what `step` will be after this start's first; None: before `resume`
 
         self.data = self._open_data()
         self.order = sample_order(
@@ -210,6 +212,7 @@ class Trainer:
 
         Why one host synchronisation: the GPU runs ahead of Python until `_reduce` reads the step's few numbers.
         """
+        self._refuse_before_resume()
         self._tend()
         started = time.monotonic()
         multiplier = learning_rate_multiplier(self.step, self.config.schedule)
@@ -231,6 +234,7 @@ class Trainer:
         self.skipped_steps += not facts.finite
         self.watchdog.feed()
         return StepResult(
+            step=self.step,
             loss=facts.loss,
             grad_norm=facts.grad_norm,
             learning_rate=learning_rate,
@@ -337,6 +341,7 @@ class Trainer:
 
         The windows, their batches and the order of the sums do not depend on the number of processes, nor do the bits.
         """
+        self._refuse_before_resume()
         started = time.monotonic()
         metrics: dict[str, float] = {}
         losses: list[tuple[float, float, float]] = []
@@ -362,7 +367,7 @@ class Trainer:
         metrics["time/evaluation_seconds"] = time.monotonic() - started
         self.evaluated_step = self.step
         self.last_loss = metrics["loss/val"] if math.isfinite(metrics["loss/val"]) else None
-        self._append(metrics)
+        self._append(metrics, step=self.step)
         self._say(
             f"step {self.step}: validation loss {metrics['loss/val']:.4f}, "
             f"{metrics['bits_per_byte/val']:.4f} bits per byte ({metrics['time/evaluation_seconds']:.0f} s)"
@@ -372,6 +377,7 @@ class Trainer:
 
     def sample(self) -> None:
         """Texts that the model writes now, into samples.jsonl and W&B; drawn by the main process alone."""
+        self._refuse_before_resume()
         self.sampled_step = self.step
         if self.records is None or not isinstance(self.raw_model, GPT2):
             return
@@ -408,6 +414,7 @@ class Trainer:
 
         Raises: UserError after too many steps in a row without a finite gradient, or when the loss scale collapsed.
         """
+        step = result.step
         row: dict[str, Any] = {"loss/train": result.loss, "learning_rate": result.learning_rate}
         row["optimizer/grad_norm"] = result.grad_norm
         row["optimizer/skipped_steps"] = self.skipped_steps
@@ -421,20 +428,20 @@ class Trainer:
             row["throughput/mfu"] = achieved / (self._peak_flops * self.processes.count)
         row["memory/peak_gib"] = peak_memory_gib(self.device)
         row["time/step_seconds"] = result.seconds
-        self._append(row)
+        self._append(row, step=step)
         if self.records is not None:
-            ledger = {"step": self.step, "first_sample": result.first_sample, "end_sample": result.end_sample}
+            ledger = {"step": step, "first_sample": result.first_sample, "end_sample": result.end_sample}
             self.records.append_ledger({**ledger, "digest": f"{result.digest:016x}"})
             self.progress.show(
-                step=self.step, loss=result.loss, tokens_per_second=tokens_per_second, step_seconds=result.seconds
+                step=step, loss=result.loss, tokens_per_second=tokens_per_second, step_seconds=result.seconds
             )
         self._report_epochs(result)
         if not result.updated:
-            self._say(f"step {self.step}: loss {result.loss}, gradient norm {result.grad_norm}: update skipped")
+            self._say(f"step {step}: loss {result.loss}, gradient norm {result.grad_norm}: update skipped")
         limit = self.config.training.max_skipped_in_a_row
         if self.skipped_in_a_row >= limit:
             raise UserError(
-                f"{limit} steps in a row had no finite gradient (the last at step {self.step}); the last good checkpoint "
+                f"{limit} steps in a row had no finite gradient (the last at step {step}); the last good checkpoint "
                 "is kept: start again from it with a lower --optimizer.learning-rate in a new run (--run.resume-from)"
             )
         if scale is not None and scale < self.config.training.min_loss_scale:
@@ -448,7 +455,7 @@ class Trainer:
         if not self.spikes.is_spike(result.loss):
             return False
         self._say(
-            f"step {self.step}: loss {result.loss:.4f} is a spike: more than {self.spikes.z_score} deviations above its median"
+            f"step {result.step}: loss {result.loss:.4f} is a spike: more than {self.spikes.z_score} deviations above its median"
         )
         return True
 
@@ -458,6 +465,7 @@ class Trainer:
         Raises: UserError in every process if this or the previous checkpoint could not be written, or if the weights
         are not finite: such a checkpoint would only push out a good one.
         """
+        self._refuse_before_resume()
         with self.processes.together():
             if self.records is not None:
                 self.records.check()
@@ -491,9 +499,10 @@ class Trainer:
         self._fit_memory()
         self._start_loader()
         self._report_start()
-        self.stop_requests.listen()
+        if not self.stop_requests.listen():
+            self._say("this is not the program's main thread: a signal ends it at once, without a checkpoint")
         self.watchdog.feed()
-        self._first_step = self.step + 1  # what `step` will be after this start's first
+        self._first_step = self.step + 1
         self._keep_what_exists()
         self._started = time.monotonic()
 
@@ -537,17 +546,23 @@ class Trainer:
 
     def finish(self, *, stopped: bool = False) -> None:
         """Waits for the last checkpoint, writes the run's status and says how it ended."""
+        self._refuse_before_resume()
+        saved_step = None
         with self.processes.together():
             if self.records is not None:
                 reason = self._stop_reason() if stopped else ""
                 self.records.finish("preempted" if stopped else "finished", step=self.step, reason=reason)
+                saved_step = self.records.folder.saved_step
         if stopped:
             self._say(f"stopped at step {self.step} ({self._stop_reason()}); the same command continues from there")
             return
         if self.records is not None:
             for line in self.records.curve():
                 self._say(line)
-        self._say(f"finished at step {self.step}; weights: {self.config.run.dir}/checkpoints/step-{self.step:08d}")
+        weights = f"weights: {self.config.run.dir}/checkpoints/step-{self.step:08d}"
+        if saved_step != self.step:
+            weights = f"nothing was saved since step {saved_step}" if saved_step is not None else "nothing was saved"
+        self._say(f"finished at step {self.step}; {weights}")
 
     @contextmanager
     def _naming_lost_peers(self) -> Iterator[None]:
@@ -745,7 +760,9 @@ class Trainer:
                 _allocate_gradients(self.parameters)
         self.model, self.optimizer = self.accelerator.prepare(self.raw_model, self.raw_optimizer)
         if self.compiled:
-            # In place, so that names stay plain, and last, so that the autocast of `prepare` is compiled with it.
+            # In place, so that names stay plain, and last, so that the autocast of `prepare` is compiled with it. Torch counts
+            # the programs of a class, and after eight would leave further models of this process uncompiled.
+            torch.compiler.reset()
             self.raw_model.compile()
         self._peak_flops = peak_flops(device_name(self.device), self.precision)
 
@@ -925,13 +942,14 @@ class Trainer:
         for data_set, old, new in zip(self.data.sets, before, now, strict=True):
             if new > old:
                 self._say(
-                    f"step {self.step}: {data_set.path} has been read {new} time{'s' * (new > 1)} and is repeated"
+                    f"step {result.step}: {data_set.path} has been read {new} time{'s' * (new > 1)} and is repeated"
                 )
 
-    def _append(self, metrics: Mapping[str, Any]) -> None:
+    def _append(self, metrics: Mapping[str, Any], *, step: int) -> None:
         """A row of metrics with its step and tokens, into metrics.jsonl (the truth) and W&B (the mirror)."""
         if self.records is not None:
-            self.records.append_metrics({"step": self.step, "tokens": self.tokens, **metrics})
+            tokens = step * self.config.training.tokens_per_step
+            self.records.append_metrics({"step": step, "tokens": tokens, **metrics})
 
     def _wants_to_stop(self) -> bool:
         """True if this process was asked to stop, has used up its time, or met an error that must end the run."""
@@ -948,10 +966,18 @@ class Trainer:
         hours = self.config.training.max_hours
         return hours is not None and time.monotonic() - self._started > hours * 3600
 
+    def _refuse_before_resume(self) -> None:
+        """Raises UserError where this start has not looked yet where the run stands."""
+        if self._first_step is None:
+            raise UserError(
+                "call the trainer's resume() before its other verbs: it loads the newest checkpoint, if there is one"
+            )
+
     def _stop_reason(self) -> str:
         if self._time_is_up():
             return f"training.max_hours={self.config.training.max_hours} is over"
-        return self.stop_requests.reason or "another process was asked to stop"
+        alone = self.processes.count == 1
+        return self.stop_requests.reason or ("the loop ended early" if alone else "another process was asked to stop")
 
     def _say(self, line: str) -> None:
         """One line for the user, above the progress bar."""
@@ -1005,6 +1031,10 @@ def _refuse_unsavable(model: nn.Module, config: GPT2Config) -> None:
     problems += [f"has {name}" for name in unknown] + [f"lacks {name}" for name in missing]
     shapes = canonical_shapes(config)
     problems += [f"has {name} of shape {tuple(tensors[name].shape)}, not {shapes[name]}" for name in misshapen]
+    if isinstance(own, GPT2Config) and own.n_head != config.n_head:  # which no shape shows
+        problems.append(f"has n_head={own.n_head}, not {config.n_head}")
+    narrow = [(name, p.dtype) for name, p in model.named_parameters() if p.dtype != torch.float32]
+    problems += [f"has {name} in {dtype}, not torch.float32" for name, dtype in narrow]
     if problems:
         more = f", and {len(problems) - 3} more" if len(problems) > 3 else ""
         raise UserError(
@@ -1084,6 +1114,11 @@ def _accelerator(precision: Precision, *, watchdog_minutes: float) -> Accelerato
             ],
         )
     except ValueError as error:  # a variable that no launcher sets so
+        if "already been initialized" in str(error):
+            raise UserError(
+                f"this process has trained in another precision than {precision} already, and Accelerate keeps to the first; "
+                "start another process"
+            ) from None
         reason = " ".join(str(error).split())
         raise UserError(
             f"Accelerate refuses its environment: {reason}; unset that variable, or use a launcher"
