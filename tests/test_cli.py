@@ -82,6 +82,16 @@ def test_an_exported_model_is_evaluated_like_the_checkpoint_that_it_came_from(
     assert refusal(capsys, "verify", exported) == said
 
 
+def test_a_model_without_its_tokenizer_is_refused(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    exported = tmp_path / "exported"
+    call(capsys, "export", str(run), str(exported))
+    (exported / "tokenizer.json").unlink()
+    said = "has a model of 257 ids and no tokenizer.json, which stands for GPT-2 with 50257; put the model's own"
+    assert said in refusal(capsys, "generate", str(exported), "x")
+
+
 @pytest.mark.parametrize("flag", ["--micro-batch-size", "--max-tokens", "--sequence-length"])
 def test_evaluate_refuses_numbers_below_one(run: Path, capsys: pytest.CaptureFixture[str], flag: str) -> None:
     for value in ("0", "-5"):

@@ -2,6 +2,7 @@
 
 import logging
 import shutil
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,11 @@ from tests.test_prepare import KILLED, child, set_bytes
 from toolkit.data import hub as hub_module
 from toolkit.data import prepare as module
 from toolkit.data import reading
+from toolkit.data.documents import Position
 from toolkit.data.manifest import read_manifest
 from toolkit.data.prepare import PrepareResult, prepare
+from toolkit.data.sources import open_source
+from toolkit.data.tokenizer import load_tokenizer
 from toolkit.errors import UserError
 
 NAME = "hub:someone/fineweb-edu:sample-10BT"
@@ -39,6 +43,10 @@ configs:
   data_files:
   - split: train
     path: lines/*
+- config_name: long
+  data_files:
+  - split: train
+    path: long/*
 ---
 """
 
@@ -47,7 +55,7 @@ configs:
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A dataset laid out like FineWeb-Edu: two files of six row groups with columns beside the text."""
     folder = tmp_path_factory.mktemp("hub")
-    for name in ("data/CC-MAIN-2024-10", "sample/10BT", "lines"):
+    for name in ("data/CC-MAIN-2024-10", "sample/10BT", "lines", "long"):
         (folder / name).mkdir(parents=True)
     (folder / "README.md").write_text(README)
     parquet.write_table(pa.table({"text": ["other"]}), folder / "data/CC-MAIN-2024-10/train-00000-of-00001.parquet")
@@ -57,8 +65,14 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
             {"text": texts, "id": [f"<urn:uuid:{n * 7919:032x}>" for n in range(300)], "score": [3.1] * 300}
         )
         parquet.write_table(table, folder / f"sample/10BT/{number:03d}_00000.parquet", row_group_size=50)
+    (folder / "long" / "a.txt").write_text("words and " * 500 + "\u5b57" * 9000 + " more words" * 500)
     (folder / "lines" / "a.jsonl").write_text("".join(f'{{"text": "line {n}"}}\n' for n in range(500)))
     return folder
+
+
+class Impatient(threading.Event):
+    def wait(self, timeout: float | None = None) -> bool:
+        return super().wait(0)
 
 
 @pytest.fixture
@@ -78,6 +92,7 @@ def hub(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator
             monkeypatch.setattr(datasets.config, name, value)
         monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
         monkeypatch.setattr("time.sleep", lambda seconds: None)
+        monkeypatch.setattr(hub_module, "Event", Impatient)
         HfFileSystem.clear_instance_cache()
         yield server
         HfFileSystem.clear_instance_cache()
@@ -185,6 +200,17 @@ def test_killed_and_run_again_reads_only_the_rest(
     assert len(finished) == 7
     assert not [range_ for range_ in again if range_[0].startswith("sample/10BT/000")]
     assert 2 <= len(again) <= 1 + 4  # the end of the file, and the row groups after the third
+
+
+def test_a_long_row_of_letters_on_the_hub_is_read_by_the_worker(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reading, "BLOCK_BYTES", 2000)
+    monkeypatch.setattr(reading, "LONG_TEXT_BYTES", 5000)
+    monkeypatch.setattr(reading, "KEPT_STRETCH_BYTES", 9000)
+    source = open_source(["hub:someone/fineweb-edu:long"])
+    blocks = list(source.blocks(Position(), find_cut=load_tokenizer("gpt2").exact_cut))
+    assert {block.header["in_payload"] for block in blocks} == {True, False}
+    text = "".join("".join(reading.read_stretch(block.header, block.payload)) for block in blocks)
+    assert text == (hub.root / "long" / "a.txt").read_text()
 
 
 def test_lines_on_the_hub(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

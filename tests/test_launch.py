@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -11,11 +12,13 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from recipes.train_demo import CONFIG as DEMO
 from tests.support import ROOT, change, command, environment, flags, rows
 from toolkit.config import TrainConfig
+from toolkit.data.loader import open_data, sample_windows
 
 RECIPE = "recipes/train_demo.py"
 TWO = (
@@ -328,7 +331,7 @@ def test_what_goes_wrong_in_one_process_is_answered_by_both(tiny: TrainConfig, t
     stopping = change(halved, run={"dir": str(tmp_path / "stopping")})
     result = command(str(script), *flags(stopping, DEMO), launch=TWO, env=environment(OOM="4", NAN="0"))
     assert result.returncode != 0
-    assert "process 1 ran out of memory in step 2" in result.stderr
+    assert "error: process 1: out of memory in step 2" in result.stderr
     assert "start again with --training.micro-batch-size 1" in result.stderr
     again = command(
         RECIPE, *flags(change(stopping, training={"micro_batch_size": 1}), DEMO), launch=TWO, env=environment()
@@ -373,6 +376,42 @@ def test_bad_input_gets_one_line_from_the_main_process_and_no_traceback(tiny: Tr
     assert unknown.returncode == 2
     assert "--model.n-layer" in unknown.stderr + unknown.stdout
     assert "Traceback" not in unknown.stderr
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_what_one_process_alone_has_read_is_named_by_it(tiny: TrainConfig, tmp_path: Path, split: str) -> None:
+    """The main process sees no more than a lost connection."""
+    damaged = tmp_path / "damaged"
+    shutil.copytree(tiny.data.path[0], damaged)
+    if split == "train":
+        found = sample_windows(
+            open_data(str(damaged)),
+            6,  # of four windows in the first step, in micro-batches of two, that is process 1's
+            1,
+            sequence_length=tiny.data.sequence_length,
+            seed=tiny.training.seed,
+            shuffle_group_shards=tiny.data.shuffle_group_shards,
+        )[0]
+        shard, window = damaged / found.shard, found.window
+    else:
+        shard, window = damaged / "val_000000.bin", tiny.evaluation.micro_batch_size  # of the second batch
+    ids = np.memmap(shard, dtype=np.uint16, mode="r+", offset=1024)
+    ids[window * tiny.data.sequence_length + 3] = 60_000
+    ids.flush()
+    config = change(tiny, data={"path": (str(damaged),)}, training={"max_steps": 1, "sample_every": None})
+    result = command(RECIPE, *flags(config, DEMO), launch=TWO)
+    assert result.returncode != 0
+    said = [line for line in result.stderr.splitlines() if "error: " in line]
+    assert any("error: process 1: " in line and "id 60000" in line for line in said), result.stderr
+    assert len(said) == 2
+
+
+def test_a_path_that_is_no_text_is_one_line_for_two_processes_too(tiny: TrainConfig) -> None:
+    config = change(tiny, data={"path": ("caf\udce9",)})
+    result = command(RECIPE, *flags(config, DEMO), launch=TWO)
+    assert result.returncode != 0
+    assert "caf\\udce9 does not exist" in result.stderr
+    assert "UnicodeEncodeError" not in result.stderr
 
 
 def test_a_full_disk_stops_all_with_one_line(tiny: TrainConfig) -> None:

@@ -18,10 +18,11 @@ TOP_LEVEL = {
 }  # fmt: skip
 
 # What each part of the package may import of the package, beside itself.
-LEAVES = ("toolkit.errors", "toolkit.failpoint", "toolkit.config", "toolkit.redact")
+LEAVES = ("toolkit.errors", "toolkit.failpoint", "toolkit.config", "toolkit.redact", "toolkit.disk")
 ALLOWED = {
     "toolkit.errors": ("toolkit.redact",),
     "toolkit.redact": (),
+    "toolkit.disk": (),
     "toolkit.failpoint": (),
     "toolkit.config": ("toolkit.errors",),
     "toolkit.data": LEAVES,

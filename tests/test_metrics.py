@@ -318,6 +318,7 @@ def test_a_full_disk_is_one_line_and_leaves_whole_rows(tmp_path: Path) -> None:
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert (tmp_path / "metrics.jsonl").read_bytes() == encode_row(training_row(1))
+    assert (tmp_path / ".rows.crc32").read_bytes().count(b"\n") == 1  # none of a row that never was
     log.append("metrics", training_row(2))  # once there is space again
     assert log.truncate_after(2) == []
     assert [row["step"] for row in rows(tmp_path)] == [1, 2]

@@ -10,6 +10,7 @@ import random
 import resource
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 import textwrap
@@ -208,6 +209,45 @@ def test_a_tokenizer_of_ones_own_goes_with_the_set(corpus: Path, texts: list[str
     info = read_manifest(tmp_path / "out").tokenizer
     assert (info.name, info.vocab_size, info.sha256) == ("bpe", 320, own.sha256)
     assert load_tokenizer(str(tmp_path / "out" / "tokenizer.json")).sha256 == own.sha256
+
+
+def test_a_tokenizer_file_that_changes_meanwhile_is_not_put_beside_the_shards(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = train_tokenizer([str(corpus)], vocab_size=320, out=tmp_path / "own.json").path
+    assert own is not None
+    right = own.read_bytes()
+    train_tokenizer([str(corpus)], vocab_size=330, out=tmp_path / "other.json")
+    write = module.write_tokenizer_file
+
+    def change_and_write(*arguments: Any) -> None:
+        shutil.copy(tmp_path / "other.json", own)
+        write(*arguments)
+
+    monkeypatch.setattr(module, "write_tokenizer_file", change_and_write)
+    with pytest.raises(
+        UserError, match=r"own\.json was changed while it was in use; put back what it was and run the same"
+    ):
+        prepare(corpus, tmp_path / "out", tokenizer=str(own))
+    monkeypatch.setattr(module, "write_tokenizer_file", write)
+    own.write_bytes(right)
+    prepare(corpus, tmp_path / "out", tokenizer=str(own))
+    assert load_tokenizer(str(tmp_path / "out" / "tokenizer.json")).sha256 == load_tokenizer(str(own)).sha256
+
+
+def test_a_file_system_that_cannot_sync_folders_is_used(
+    corpus: Path, reference: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sync = os.fsync
+
+    def refuse_folders(descriptor: int) -> None:
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, "Invalid argument")
+        sync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", refuse_folders)
+    prepare(corpus, tmp_path / "out")
+    assert set_bytes(tmp_path / "out") == set_bytes(reference)
 
 
 def test_files_of_the_users_are_kept(corpus: Path, tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from tests.hub_server import Hub
 from toolkit.data import remote
 from toolkit.data.loader import open_data, sample_windows, training_loader, validation_loader
 from toolkit.data.manifest import read_manifest
-from toolkit.data.remote import verify_remote
+from toolkit.data.remote import Fetcher, new_fetcher, verify_remote
 from toolkit.data.shards import verify_data
 from toolkit.errors import UserError
 
@@ -712,3 +713,19 @@ def test_processes_share_a_cache_and_one_may_be_killed(server: Server, folder: P
     assert json.loads(reader.communicate()[0]) == expected
     assert reader.returncode == 0
     assert cached_bytes(cache) <= ROOM_GIB * 2**30
+
+
+def test_a_small_file_that_several_processes_keep_at_once_is_whole(tmp_path: Path) -> None:
+    """As processes of one run do that start together, each with locks of its own."""
+    data = os.urandom(2**20)
+    fetchers = [new_fetcher(cache_dir=str(tmp_path), cache_gib=1.0) for _ in range(8)]
+    barrier = threading.Barrier(8)
+
+    def keep(fetcher: Fetcher) -> bytes:
+        barrier.wait()
+        return fetcher.small_file("set", "tokenizer.json", data).read_bytes()
+
+    for _ in range(20):
+        with ThreadPoolExecutor(8) as pool:
+            assert all(found == data for found in pool.map(keep, fetchers))
+        next(tmp_path.glob("**/tokenizer.json")).unlink()

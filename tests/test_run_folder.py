@@ -25,8 +25,10 @@ from toolkit.config import (
     DataConfig,
     OptimizerConfig,
     RunConfig,
+    ScheduleConfig,
     TrainConfig,
     TrainingConfig,
+    WandbConfig,
     load_recipe,
     to_dict,
 )
@@ -283,6 +285,21 @@ def test_secrets_are_written_nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyP
     files = [file for file in path.rglob("*") if file.is_file()]
     assert len(files) > 8
     assert [file for file in files if b"canary" in file.read_bytes()] == []
+
+
+def test_words_of_a_choice_and_paths_are_recorded_whatever_variables_hold(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """DB_PASSWORD=postgres in the environment of a machine must not make a run impossible, nor its data unfindable."""
+    for name, value in (("REDIS_AUTH", "disabled"), ("MINIO_AUTH", "constant"), ("DB_PASSWORD", "postgres")):
+        monkeypatch.setenv(name, value)
+    paths = ("data/postgres", "https://host/postgres/set")
+    settings = {"wandb": WandbConfig(mode="disabled", name="postgres"), "schedule": ScheduleConfig(name="constant")}
+    config = dataclasses.replace(CONFIG, data=DataConfig(path=paths), **settings)
+    with started(tmp_path / "run", config):
+        recorded = load_recipe(tmp_path / "run" / "recipe.json")
+    assert (recorded.wandb.mode, recorded.schedule.name, recorded.wandb.name) == ("disabled", "constant", "[redacted]")
+    assert recorded.data.path == ("data/postgres", "https://host/[redacted]/set")
 
 
 # --- Damage -----------------------------------------------------------------------------------------------------------

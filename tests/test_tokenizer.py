@@ -4,6 +4,7 @@ import hashlib
 import importlib.metadata
 import json
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -436,3 +437,9 @@ def test_transformers_reads_identical_ids(name: str, own: Tokenizer, tmp_path: P
     assert len(loaded) == tokenizer.vocab_size
     special = AutoTokenizer.from_pretrained(tmp_path, split_special_tokens=False)
     assert special(END_OF_TEXT)["input_ids"] == [tokenizer.eot_id]
+
+
+def test_training_one_without_its_library_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    with pytest.raises(UserError, match=r"pip install 'gpt2-toolkit\[tokenizer\]'"):
+        train_tokenizer(["stdlib"], vocab_size=300, out=tmp_path / "own.json")

@@ -583,8 +583,8 @@ def test_a_loss_scale_that_collapses_stops_the_run(tiny: TrainConfig) -> None:
         trainer.fit()
     run = Path(config.run.dir)
     training = [row for row in rows(run) if "loss/train" in row]
-    assert [row["optimizer/loss_scale"] for row in training] == [8.0, 8.0, 4.0, 2.0, 1.0]
-    assert [row["optimizer/skipped_steps"] for row in training] == [0, 0, 1, 2, 3]
+    assert [row["optimizer/loss_scale"] for row in training] == [8.0, 8.0, 8.0, 4.0, 2.0, 1.0]
+    assert [row["optimizer/skipped_steps"] for row in training] == [0, 0, 1, 2, 3, 4]
     assert_equal_bits(state_of(run, 4), state_of(run, 2))  # skipped, counted, and the moments as they were
     assert json.loads((run / "checkpoints/step-00000004/state.json").read_text())["scaler"]["scale"] == 2.0
     assert "loss scale fell" in json.loads((run / "status.json").read_text())["reason"]

@@ -531,11 +531,22 @@ def _recipe_of(folder: Path) -> TrainConfig | None:
 def _tokenizer_of(folder: Path) -> "Tokenizer":
     """The tokenizer of a checkpoint or an exported model, checked against the one that the checkpoint names."""
     from toolkit.data.tokenizer import load_tokenizer
+    from toolkit.model.huggingface import read_config
     from toolkit.training.checkpoint import read_manifest
 
     if not (folder / "manifest.json").exists():
         own = folder / "tokenizer.json"
-        return load_tokenizer(str(own) if own.exists() else "gpt2")
+        tokenizer, vocab_size = (
+            load_tokenizer(str(own) if own.exists() else "gpt2"),
+            read_config(str(folder)).vocab_size,
+        )
+        if tokenizer.vocab_size != vocab_size:
+            raise UserError(
+                f"{folder} has a model of {vocab_size} ids and {'its tokenizer.json' if own.exists() else 'no tokenizer.json'}"
+                f"{f' of {tokenizer.vocab_size}' if own.exists() else ', which stands for GPT-2 with 50257'}; put the model's "
+                "own tokenizer.json there"
+            )
+        return tokenizer
     info = read_manifest(folder)["tokenizer"]
     own = folder / "tokenizer.json"
     tokenizer = load_tokenizer(str(own) if own.exists() else info["name"])

@@ -1,4 +1,4 @@
-"""Blocks of source bytes -> documents: what a worker does before it tokenizes; no third-party package, no files listed.
+"""Blocks of source bytes -> documents: what a worker does before it tokenizes. It lists no files.
 
 A block is a stretch of the source that one worker can handle alone: whole text files, JSONL lines, Parquet rows, or a
 part of one long text file. What happens to unusual text, counted in `Counts` and reported at the end:

@@ -9,13 +9,12 @@ takes; what was read is not read again. Does not: keep files on disk.
 import functools
 import logging
 import re
-import threading
-import time
 import zlib
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 from toolkit.data.documents import Block, Position
@@ -141,7 +140,7 @@ def read_remote(context: ReadContext, position: Position, text_column: str) -> I
 
 def _remote_parquet(context: ReadContext, position: Position, text_column: str) -> Iterator[Block]:
     """The blocks of a Parquet file, several row groups asked for ahead of need."""
-    label, stopped = context.file.label, threading.Event()
+    label, stopped = context.file.label, Event()
 
     def read_metadata() -> tuple[Any, list[RowGroup]]:
         with open_parquet(context.file) as stream:
@@ -195,25 +194,23 @@ def _going_on(context: ReadContext, position: Position, read: Callable[[Position
             return
         except Exception as error:
             failures += 1
-            _wait(error, failures, context.file.label, context.notice)
+            _wait(error, failures, context.file.label, context.notice, Event())
 
 
-def retried(
-    act: Callable[[], Any], label: str, notice: Notice = logger.info, *, stopped: threading.Event | None = None
-) -> Any:
+def retried(act: Callable[[], Any], label: str, notice: Notice = logger.info, *, stopped: Event | None = None) -> Any:
     """The result of `act`, tried again after growing waits while the connection fails and nobody has stopped it."""
-    failures = 0
+    failures, stopped = 0, stopped or Event()
     while True:
         try:
             return act()
         except Exception as error:
             failures += 1
-            if stopped is not None and stopped.is_set():
+            if stopped.is_set():
                 raise
-            _wait(error, failures, label, notice)
+            _wait(error, failures, label, notice, stopped)
 
 
-def _wait(error: Exception, failures: int, label: str, notice: Notice) -> None:
+def _wait(error: Exception, failures: int, label: str, notice: Notice, stopped: Event) -> None:
     """Waits before the next try, or raises: the error itself if it is not the connection's, else a UserError."""
     status = _status_of(error)
     reason = f"HTTP {status}" if status else first_line(error)
@@ -237,7 +234,7 @@ def _wait(error: Exception, failures: int, label: str, notice: Notice) -> None:
         ) from None
     seconds = min(LONGEST_WAIT_SECONDS, FIRST_WAIT_SECONDS * 2 ** (failures - 1))
     notice(f"{label}: {reason}; trying again in {seconds:.0f} s ({failures} of {MAX_RETRIES})")
-    time.sleep(seconds)
+    stopped.wait(seconds)
 
 
 def _is_transient(error: Exception, status: int | None) -> bool:

@@ -21,6 +21,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from toolkit.disk import sync_folder
 from toolkit.errors import UserError
 from toolkit.failpoint import failpoint
 
@@ -357,17 +358,6 @@ def write_durably(path: Path, data: bytes) -> None:
             temporary.unlink()
         raise
     sync_folder(path.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    """Makes renames in a folder durable (nothing to do where folders cannot be opened, as on Windows)."""
-    if os.name == "nt":
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def open_regular(path: Path) -> Any:

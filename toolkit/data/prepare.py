@@ -42,7 +42,6 @@ from toolkit.data.manifest import (
     Split,
     TokenizerInfo,
     read_manifest,
-    sync_folder,
     token_dtype,
     write_manifest,
 )
@@ -57,6 +56,7 @@ from toolkit.data.split_writer import SplitWriter, check_content, read_ids
 from toolkit.data.tokenizer import Tokenizer, load_tokenizer
 from toolkit.data.tokenizing import Job, Part, Result
 from toolkit.data.workers import Pool, started, tokenize_blocks, usable_cores
+from toolkit.disk import sync_folder
 from toolkit.errors import UserError, describe_os_error
 from toolkit.failpoint import failpoint
 

@@ -255,6 +255,7 @@ def read_text(context: ReadContext, position: Position, text_column: str) -> Ite
                 "compression": file.compression,
                 "start": start,
                 "stop": stop,
+                "size": file.size,
                 "in_payload": data is not None,
                 "first": position.offset == 0 and start == (len(BYTE_ORDER_MARK) if has_mark else 0),
                 "byte_order_mark": has_mark,
@@ -333,7 +334,7 @@ def read_stretch(header: dict[str, Any], payload: bytes | bytearray) -> Iterator
         path=header["path"],
         format="text",
         compression=header["compression"],
-        size=0,
+        size=header["size"],
         stamp="",
     )
     decoder = codecs.getincrementaldecoder("utf-8")()

@@ -283,7 +283,8 @@ class ShardCache:
         folder.mkdir(parents=True, exist_ok=True)
 
     @contextlib.contextmanager
-    def _locked(self) -> Iterator[None]:
+    def locked(self) -> Iterator[None]:
+        """While this lasts no other process changes what is in the cache."""
         with (self.folder / ".lock").open("ab") as file:
             self._fcntl.flock(file, self._fcntl.LOCK_EX)
             yield  # closing the file frees the lock
@@ -301,7 +302,7 @@ class ShardCache:
 
     def open_whole(self, key: _Key) -> Any | None:
         """The cached shard, opened and held against removal, or None; its content is not checked."""
-        with self._locked():
+        with self.locked():
             try:
                 file = open_regular(self.path(key))
             except FileNotFoundError:
@@ -317,7 +318,7 @@ class ShardCache:
         """
         kept_paths = {self.path(other) for other in kept}
         part = self.path(key).with_name(f"{key.info.file}.part")
-        with self._locked():
+        with self.locked():
             part.parent.mkdir(parents=True, exist_ok=True)
             if self.path(key).exists() or (part.exists() and not self._remove(part)):
                 raise _NotNowError(BUSY)
@@ -356,24 +357,24 @@ class ShardCache:
     def finish(self, key: _Key, file: Any) -> None:
         """Gives the complete file its name; from now on it is held like a whole shard."""
         failpoint("remote.before-rename")
-        with self._locked():
+        with self.locked():
             Path(f"{self.path(key)}.part").replace(self.path(key))
             self._fcntl.flock(file, self._fcntl.LOCK_SH)
 
     def abandon(self, key: _Key, file: Any) -> None:
         """Removes a file that was begun."""
-        with self._locked():
+        with self.locked():
             Path(f"{self.path(key)}.part").unlink(missing_ok=True)
             file.close()
 
     def remove(self, key: _Key) -> None:
         """Removes a shard that no process holds any more."""
-        with self._locked():
+        with self.locked():
             self._remove(self.path(key))
 
     def remove_damaged(self, key: _Key, file: Any) -> None:
         """Removes a shard found damaged, even if others hold it, unless another process has replaced it by now."""
-        with self._locked(), contextlib.suppress(FileNotFoundError):
+        with self.locked(), contextlib.suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(file.fileno()), self.path(key).stat()):
                 self.path(key).unlink()
         file.close()
@@ -405,8 +406,10 @@ class Fetcher:
     def small_file(self, folder: str, name: str, data: bytes) -> Path:
         """Keeps a small file of a set beside its shards; it stays and does not count."""
         path = self._cache.folder / folder / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_durably(path, data)
+        with self._cache.locked():  # several processes start together
+            if not path.is_file() or path.read_bytes() != data:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                write_durably(path, data)
         return path
 
     @property

@@ -45,11 +45,11 @@ from toolkit.data.manifest import (
     own_tokenizer_file,
     read_manifest,
     read_manifest_file,
-    sync_folder,
     token_dtype,
     write_durably,
     write_manifest,
 )
+from toolkit.disk import sync_folder
 from toolkit.errors import UserError
 from toolkit.failpoint import failpoint
 
@@ -73,7 +73,6 @@ __all__ = [  # the records are defined in `manifest`; who deals with shards need
     "open_shards",
     "read_manifest",
     "shard_file_name",
-    "sync_folder",
     "token_dtype",
     "verify_data",
     "write_durably",
@@ -475,9 +474,21 @@ def refuse_foreign_tokenizer_file(folder: Path, tokenizer: "Tokenizer") -> None:
 
 
 def write_tokenizer_file(folder: Path, tokenizer: "Tokenizer") -> None:
-    """Puts a tokenizer of one's own beside the shards; the file that may be there already is the same tokenizer."""
-    if tokenizer.path is not None and not (folder / TOKENIZER_FILE).exists():
-        write_durably(folder / TOKENIZER_FILE, tokenizer.path.read_bytes())
+    """Puts a tokenizer of one's own beside the shards; the file that may be there already is the same tokenizer.
+
+    Raises: UserError if its file has changed since it was loaded.
+    """
+    path = folder / TOKENIZER_FILE
+    if tokenizer.path is None or path.exists():
+        return
+    from toolkit.data.tokenizer import load_tokenizer
+
+    write_durably(path, tokenizer.path.read_bytes())
+    if load_tokenizer(str(path)).sha256 != tokenizer.sha256:
+        path.unlink()
+        raise UserError(
+            f"{tokenizer.path} was changed while it was in use; put back what it was and run the same command again"
+        )
 
 
 def numbering_problems(names: Iterable[str]) -> Iterator[str]:

@@ -545,10 +545,13 @@ def train_tokenizer(paths: Sequence[str], *, vocab_size: int, out: Path, text_co
 
     Ids: 256 bytes, one for each merge, and end-of-text last; as in GPT-2.
 
-    Raises: UserError if `out` is a folder, or the text has too few different pairs for that many tokens.
+    Raises: UserError if the library is not installed, if `out` is a folder, or if the text has too few different pairs for that many tokens.
     """
-    from tokenizers import Tokenizer as Trainable  # only training needs the library
-    from tokenizers import decoders, models, pre_tokenizers, trainers
+    try:
+        from tokenizers import Tokenizer as Trainable  # only training needs the library
+        from tokenizers import decoders, models, pre_tokenizers, trainers
+    except ImportError:
+        raise UserError("training a tokenizer needs a package more: pip install 'gpt2-toolkit[tokenizer]'") from None
 
     from toolkit.data.sources import open_source
 

@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from toolkit.config import GPT2Config
+from toolkit.disk import sync_folder
 from toolkit.errors import UserError
 from toolkit.failpoint import failpoint
 from toolkit.model.gpt2 import GPT2, LAYER_NORM_EPSILON, TOKEN_EMBEDDING, canonical_shapes, load_canonical
@@ -301,20 +302,13 @@ def _write_whole(path: Path, temporary: Path, write: Callable[[], object]) -> No
             raise UserError(
                 f"{path} could not be written ({error}); free some space or choose another folder"
             ) from None
-        _fsync(temporary)
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
         failpoint("huggingface.before-rename")
         temporary.replace(path)
-        _fsync(path.parent)
+        sync_folder(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def load_model(folder: Path, *, device: str | torch.device = "cpu") -> GPT2:

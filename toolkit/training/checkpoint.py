@@ -26,12 +26,12 @@ from typing import Any, TypeVar
 import torch
 
 from toolkit.config import CheckpointConfig
+from toolkit.disk import sync_folder
 from toolkit.errors import UserError, describe_os_error
 from toolkit.failpoint import failpoint
 from toolkit.training.files import (
     MAX_JSON_BYTES,
     DamagedFileError,
-    fsync_folder,
     is_as_sealed,
     opened,
     parse_json,
@@ -305,7 +305,7 @@ def _write_checkpoint(folder: Path, snapshot: _Snapshot) -> None:
     name = step_name(snapshot.step)
     if not folder.is_dir():
         folder.mkdir(parents=True)
-        fsync_folder(folder.parent)
+        sync_folder(folder.parent)
     _require_space(folder, snapshot)
     temporary = folder / f".tmp-{name}-{_mark()}"
     temporary.mkdir()
@@ -325,7 +325,7 @@ def _write_checkpoint(folder: Path, snapshot: _Snapshot) -> None:
         failpoint("checkpoint.before-manifest")
         manifest = sealed({**snapshot.facts, "files": files})
         write_new_file(temporary / MANIFEST, [memoryview(render_json(manifest))])
-        fsync_folder(temporary)
+        sync_folder(temporary)
         failpoint("checkpoint.after-manifest")
         _put_in_place(temporary, folder / name, files)
     except BaseException:
@@ -338,7 +338,7 @@ def _put_in_place(temporary: Path, target: Path, files: Mapping[str, Any]) -> No
     failpoint("checkpoint.before-rename")
     if not os.path.lexists(target):
         temporary.rename(target)
-        fsync_folder(target.parent)
+        sync_folder(target.parent)
         return
     problems = verify_checkpoint(target)
     if problems:
@@ -353,9 +353,9 @@ def _put_in_place(temporary: Path, target: Path, files: Mapping[str, Any]) -> No
         target.rename(old)
         failpoint(REPLACE_PHASE)  # who dies here finds the old one under its name again: see clean_leftovers
         temporary.rename(target)
-        fsync_folder(target.parent)
+        sync_folder(target.parent)
         shutil.rmtree(old, ignore_errors=True)
-    fsync_folder(target.parent)
+    sync_folder(target.parent)
 
 
 def _require_space(folder: Path, snapshot: _Snapshot) -> None:
@@ -458,7 +458,7 @@ def clean_leftovers(folder: Path, *, alone: bool) -> list[str]:
             target = folder / match[2]
             if kind == "old" and not os.path.lexists(target):
                 path.rename(target)
-                fsync_folder(folder)
+                sync_folder(folder)
                 lines.append(f"{target} was being replaced when the process died: the one before is back")
                 continue
             shutil.rmtree(path, ignore_errors=True)

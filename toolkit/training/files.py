@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from toolkit.disk import sync_folder
 from toolkit.errors import UserError
 from toolkit.failpoint import failpoint
 
@@ -136,7 +137,7 @@ def replace_file(path: Path, data: bytes) -> None:
     except OSError:
         temporary.unlink(missing_ok=True)
         raise
-    fsync_folder(path.parent)
+    sync_folder(path.parent)
 
 
 def set_aside(path: Path) -> Path:
@@ -145,20 +146,8 @@ def set_aside(path: Path) -> Path:
     while os.path.lexists(aside := path.with_name(f"{path.name}.damaged" + (f"-{number}" if number > 1 else ""))):
         number += 1
     path.rename(aside)
-    fsync_folder(path.parent)
+    sync_folder(path.parent)
     return aside
-
-
-def fsync_folder(folder: Path) -> None:
-    """Makes the names in a folder durable; file systems that cannot do this for folders are left to themselves."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP):
-            raise
-    finally:
-        os.close(descriptor)
 
 
 @contextmanager

@@ -8,6 +8,7 @@ log. A number that JSON does not have is written as the string "NaN", "Infinity"
 back. Only the main process has a `RunLog`. It does not know W&B: `wandb_mirror` sends the same rows there.
 """
 
+import contextlib
 import json
 import math
 import os
@@ -18,10 +19,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+from toolkit.disk import sync_folder
 from toolkit.errors import UserError, describe_os_error
 from toolkit.failpoint import failpoint
 from toolkit.redact import redact
-from toolkit.training.files import fsync_folder, parse_json, replace_file, set_aside
+from toolkit.training.files import parse_json, replace_file, set_aside
 
 LogName = Literal["metrics", "samples", "ledger"]
 LOG_NAMES: tuple[LogName, ...] = ("metrics", "samples", "ledger")
@@ -50,9 +52,14 @@ class RunLog:
         assert type(row.get("step")) is int, f"a row of {name} needs an integer step: {row}"
         line = encode_row(redact(row) if name == "samples" else row)  # a prompt may hold a secret
         failpoint(f"{name}.append")
-        self._file(self.folder / CHECKSUMS).append(_checksum_line(line))
-        failpoint(f"{name}.checked")
-        self._file(log_path(self.folder, name)).append(line)
+        checksums, checksum = self._file(self.folder / CHECKSUMS), _checksum_line(line)
+        checksums.append(checksum)
+        try:
+            failpoint(f"{name}.checked")
+            self._file(log_path(self.folder, name)).append(line)
+        except (UserError, OSError):
+            checksums.take_back(checksum)  # or the next start would miss a row that never was
+            raise
 
     def sync(self) -> None:
         """Returns when every row appended so far is on the disk: to be called before a checkpoint is committed.
@@ -172,7 +179,7 @@ class _AppendFile:
             created = not path.exists()
             self._fd = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o666)
             if created:
-                fsync_folder(path.parent)
+                sync_folder(path.parent)
             self._end = os.fstat(self._fd).st_size
             if self._end and os.pread(self._fd, 1, self._end - 1) != b"\n":
                 self._write(b"\n")  # a torn last line stays a line of its own
@@ -199,6 +206,12 @@ class _AppendFile:
             os.ftruncate(self._fd, self._end)  # take back half a line; shrinking needs no space
             raise
         self._end += len(data)
+
+    def take_back(self, line: bytes) -> None:
+        """Removes the last line; shrinking needs no space."""
+        with contextlib.suppress(OSError):
+            os.ftruncate(self._fd, self._end - len(line))
+            self._end -= len(line)
 
     def sync(self) -> None:
         try:

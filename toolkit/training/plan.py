@@ -318,7 +318,7 @@ def _block_bytes(config: TrainConfig, precision: Precision, *, tokens: int, on_c
     """What one block saves, without 16-bit weight copies.
 
     A CPU has no fused attention with dropout: all probabilities are kept there, before and after it, and the factors between
-    them, in fp32 like the queries, keys and values that they are made of; unless `product.attention` computes them again.
+    them, in fp32 like the queries, keys and values that they are made of; unless `attention.attention` computes them again.
     """
     model, product = config.model, _product_bytes(precision)
     norms = 2 * (4 * model.n_embd + 8)  # input in fp32, mean and deviation

@@ -5,6 +5,7 @@ it was given. How the processes find each other again after the launcher has res
 """
 
 import json
+import logging
 import os
 import time
 import uuid
@@ -21,6 +22,8 @@ from torch.distributed import PrefixStore, Store  # type: ignore[attr-defined]
 from torch.distributed.rendezvous import register_rendezvous_handler, rendezvous
 
 from toolkit.errors import UserError, describe_os_error
+
+logger = logging.getLogger(__name__)
 
 _MESSAGE_BYTES = 4096
 _POLL_SECONDS = 0.02
@@ -154,7 +157,7 @@ class Processes:
         if self.count == 1:
             return [text]
         mine = torch.zeros(_MESSAGE_BYTES, dtype=torch.uint8, device=self.device)
-        encoded = text.encode()[:_MESSAGE_BYTES]
+        encoded = text.encode(errors="backslashreplace")[:_MESSAGE_BYTES]  # a path may be no text
         if encoded:
             mine[: len(encoded)].copy_(torch.frombuffer(bytearray(encoded), dtype=torch.uint8))
         rows = [torch.empty_like(mine) for _ in range(self.count)]
@@ -172,6 +175,20 @@ class Processes:
     def smallest(self, value: int) -> int:
         """The smallest of the processes' values."""
         return min(int(text) for text in self.all_texts(str(value)))
+
+    @contextmanager
+    def telling(self) -> Iterator[None]:
+        """Says what this process alone has met, before it goes: all that its peers see is a lost connection.
+
+        For blocks in which others wait in no collective of `together`. What the main process raises is printed anyway.
+        """
+        try:
+            yield
+        except (UserError, OSError) as error:
+            if not self.is_main:
+                message = describe_os_error(error) if isinstance(error, OSError) else str(error)
+                logger.error("error: process %d: %s", self.index, message)
+            raise
 
     @contextmanager
     def together(self) -> Iterator[None]:

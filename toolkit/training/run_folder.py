@@ -17,6 +17,7 @@ import shlex
 import socket
 import stat
 import string
+import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -24,6 +25,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from toolkit.config import MAY_CHANGE_ON_RESUME, TrainConfig, differences, from_dict, to_dict
+from toolkit.disk import sync_folder
 from toolkit.errors import UserError, describe_os_error
 from toolkit.failpoint import failpoint
 from toolkit.redact import redact
@@ -37,7 +39,6 @@ from toolkit.training.checkpoint import (
 )
 from toolkit.training.files import (
     DamagedFileError,
-    fsync_folder,
     is_as_sealed,
     parse_json,
     read_bounded,
@@ -88,6 +89,9 @@ def _close_in_child() -> None:
     _held.clear()
 
 
+_PATHS = frozenset({"run.dir", "run.resume_from", "data.path", "data.cache_dir", "model.init_from"})
+
+
 class RunFolder:
     """The folder of one run, locked from the moment this object exists until `close` or the end of the process."""
 
@@ -106,7 +110,7 @@ class RunFolder:
         try:
             if not path.is_dir():
                 path.mkdir(parents=True)
-                fsync_folder(path.parent)
+                sync_folder(path.parent)
             _refuse_strangers_folder(path)
             self._exclusive = self._take_lock()
         except OSError as error:
@@ -139,7 +143,7 @@ class RunFolder:
             self._lines += [f"skipped the damaged checkpoint {name}: {reason}" for name, reason in resolved.skipped]
             self.saved_step = loaded.step if loaded is not None else None
             is_new = resolved.path is None and not (self.path / RUN).exists() and not (self.path / RECIPE).exists()
-            recipe = from_dict(TrainConfig, redact(to_dict(config)), where=RECIPE)
+            recipe = _without_secrets(config)
             self._read_run(resolved.path, is_new=is_new)
             self._put_aside_what_is_no_status()
             if resolved.path is None:
@@ -346,6 +350,31 @@ def _register_fork_handler() -> None:
     if not _registered:  # it cannot be taken back, so once per process
         os.register_at_fork(after_in_child=_close_in_child)
         _registered = True
+
+
+def _without_secrets(config: TrainConfig) -> TrainConfig:
+    """The configuration as it is recorded.
+
+    A choice among words holds no secret, and neither does a path here: the value of a variable such as DB_PASSWORD=postgres
+    may stand in both.
+    """
+    values = to_dict(config)
+    for section, fields in values.items():
+        hints = typing.get_type_hints(type(getattr(config, section)))
+        for name, value in fields.items():
+            if Literal in (typing.get_origin(hints[name]), *map(typing.get_origin, typing.get_args(hints[name]))):
+                continue
+            if f"{section}.{name}" not in _PATHS:
+                fields[name] = redact(value)
+            elif isinstance(value, list):
+                fields[name] = [_redact_path(item) for item in value]
+            elif value is not None:
+                fields[name] = _redact_path(value)
+    return from_dict(TrainConfig, values, where=RECIPE)
+
+
+def _redact_path(path: str) -> str:
+    return typing.cast(str, redact(path, environ=None if "://" in path else {}))
 
 
 def _read(path: Path) -> bytes | None:

@@ -104,6 +104,7 @@ class StepResult:
     loss: float  # mean over the step's tokens, before the update [nats per token]
     grad_norm: float  # global, before clipping
     learning_rate: float
+    loss_scale: float | None  # that the gradients were made with; None: no GradScaler
     updated: bool  # False: the gradient was not finite and the weights stayed as they were
     stop: bool  # some process was asked to stop
     seconds: float  # from the start of the step to its one host synchronisation
@@ -238,6 +239,7 @@ class Trainer:
             loss=facts.loss,
             grad_norm=facts.grad_norm,
             learning_rate=learning_rate,
+            loss_scale=facts.loss_scale,
             updated=facts.finite,
             stop=facts.stop,
             seconds=time.monotonic() - started,
@@ -259,13 +261,11 @@ class Trainer:
                     raise
                 self._forget_gradients()
                 if self.processes.count > 1:
-                    message = (
-                        f"process {self.processes.index} ran out of memory in step {self.step + 1}; the last checkpoint is "
-                        f"intact: start again with --training.micro-batch-size {max(1, self.micro_batch_size // 2)}"
-                    )
-                    if not self.is_main:  # whose errors are printed anyway
-                        logger.error("error: %s", message)
-                    raise UserError(message) from None
+                    with self.processes.telling():
+                        raise UserError(
+                            f"out of memory in step {self.step + 1}; the last checkpoint is intact: start again with "
+                            f"--training.micro-batch-size {max(1, self.micro_batch_size // 2)}"
+                        ) from None
             self._halve_micro_batch()
             self._start_loader()  # the same samples again, from the step's first
 
@@ -275,7 +275,8 @@ class Trainer:
         loss_sum = torch.zeros((), dtype=torch.float32, device=self.device)
         digest = torch.zeros((), dtype=torch.int64, device=self.device)
         for micro_step in range(self.grad_accum_steps):
-            batch = next(self.batches)
+            with self.processes.telling():
+                batch = next(self.batches)
             self._seed(micro_step)
             last = micro_step == self.grad_accum_steps - 1
             # Gradients are summed over processes in the last backward pass alone.
@@ -310,13 +311,18 @@ class Trainer:
         # A float64 holds whole numbers up to 2**53 only: the digest travels in four parts of 16 bits.
         shifts = torch.arange(0, 64, 16, device=self.device)
         parts = (digest >> shifts) & 0xFFFF
-        values = torch.cat([torch.stack([loss.to(wide), grad_norm.to(wide), stop]), parts.to(wide)])
-        loss_sum, norm_sum, stops, *part_sums = self.processes.sum(values).tolist()
+        # Asked for by itself, the scale would be a synchronisation of its own, after the update.
+        scale = torch.ones((), device=self.device)
+        if self.accelerator.scaler is not None:
+            scale = self.accelerator.scaler.scale(scale)
+        values = torch.cat([torch.stack([loss.to(wide), grad_norm.to(wide), stop, scale.to(wide)]), parts.to(wide)])
+        loss_sum, norm_sum, stops, scale_sum, *part_sums = self.processes.sum(values).tolist()
         return _Facts(
             loss=loss_sum / self.processes.count,
             grad_norm=norm_sum / self.processes.count,
             finite=math.isfinite(loss_sum) and math.isfinite(norm_sum),  # a sum is finite if every number in it is
             stop=stops > 0,
+            loss_scale=scale_sum / self.processes.count if self.accelerator.scaler is not None else None,
             digest=sum(int(part) << 16 * place for place, part in enumerate(part_sums)) % 2**64,
         )
 
@@ -346,16 +352,17 @@ class Trainer:
         metrics: dict[str, float] = {}
         losses: list[tuple[float, float, float]] = []
         for data_set, batches in zip(self.data.sets, self.validation, strict=True):
-            result = evaluate(
-                self.raw_model,
-                batches,
-                self.tokenizer.token_bytes(),
-                autocast=self.accelerator.autocast,
-                process_index=self.processes.index,
-                num_processes=self.processes.count,
-                reduce=self.processes.sum,
-                should_stop=self._anyone_wants_to_stop,
-            )
+            with self.processes.telling():
+                result = evaluate(
+                    self.raw_model,
+                    batches,
+                    self.tokenizer.token_bytes(),
+                    autocast=self.accelerator.autocast,
+                    process_index=self.processes.index,
+                    num_processes=self.processes.count,
+                    reduce=self.processes.sum,
+                    should_stop=self._anyone_wants_to_stop,
+                )
             if result is None:
                 return None
             losses.append((data_set.weight, result.loss, result.bits_per_byte))
@@ -418,9 +425,8 @@ class Trainer:
         row: dict[str, Any] = {"loss/train": result.loss, "learning_rate": result.learning_rate}
         row["optimizer/grad_norm"] = result.grad_norm
         row["optimizer/skipped_steps"] = self.skipped_steps
-        scale = None
-        if self.accelerator.scaler is not None:
-            scale = row["optimizer/loss_scale"] = self.accelerator.scaler.get_scale()
+        if result.loss_scale is not None:
+            row["optimizer/loss_scale"] = result.loss_scale
         tokens_per_second = self.config.training.tokens_per_step / result.seconds
         row["throughput/tokens_per_second"] = tokens_per_second
         if self._peak_flops is not None:
@@ -444,9 +450,9 @@ class Trainer:
                 f"{limit} steps in a row had no finite gradient (the last at step {step}); the last good checkpoint "
                 "is kept: start again from it with a lower --optimizer.learning-rate in a new run (--run.resume-from)"
             )
-        if scale is not None and scale < self.config.training.min_loss_scale:
+        if result.loss_scale is not None and result.loss_scale < self.config.training.min_loss_scale:
             raise UserError(
-                f"the fp16 loss scale fell to {scale}, below training.min_loss_scale={self.config.training.min_loss_scale}; "
+                f"the fp16 loss scale fell to {result.loss_scale}, below training.min_loss_scale={self.config.training.min_loss_scale}; "
                 "the last good checkpoint is kept: use --training.precision bf16, or a lower learning rate"
             )
 
@@ -1015,6 +1021,7 @@ class _Facts:
     grad_norm: float
     finite: bool
     stop: bool
+    loss_scale: float | None
     digest: int
 
 
