@@ -406,6 +406,56 @@ def test_what_one_process_alone_has_read_is_named_by_it(tiny: TrainConfig, tmp_p
     assert len(said) == 2
 
 
+OTHER_SETTINGS = """
+import os, sys
+from recipes.train_demo import CONFIG
+from toolkit.recipe import run
+
+if os.environ["RANK"] == "1":
+    sys.argv += os.environ["OTHER"].split()
+run(CONFIG)
+"""
+
+
+@pytest.mark.parametrize(
+    ("other", "said"),
+    [
+        ("--training.seed 8", "training.seed=8 instead of 7 of"),
+        (
+            "--optimizer.learning-rate 0.3 --training.max-steps 4",
+            "training.max_steps=4 instead of 8, optimizer.learning_rate=0.3",
+        ),
+        (
+            "--training.precision bf16",
+            "training.precision='bf16' instead of 'fp32', precision='bf16' instead of 'fp32' of",
+        ),
+        ("--run.dir elsewhere --training.max-hours 3 --wandb.name mine", None),
+    ],
+)
+def test_machines_that_were_given_other_settings_do_not_train(
+    tiny: TrainConfig, tmp_path: Path, other: str, said: str | None
+) -> None:
+    script = tmp_path / "own.py"
+    script.write_text(OTHER_SETTINGS)
+    result = command(str(script), *flags(tiny, DEMO), launch=TWO, env=environment(OTHER=other))
+    if said is None:
+        assert result.returncode == 0, result.stderr
+        return
+    assert result.returncode != 0
+    errors = [line for line in result.stderr.splitlines() if "error: " in line]
+    assert len(errors) == 1
+    assert f"error: process 1: started with {said}" in errors[0]
+    assert errors[0].endswith("of the main process; give every machine the same settings")
+    assert not Path(tiny.run.dir).exists()
+
+
+def test_a_peer_that_dies_while_the_run_starts_is_one_line(tiny: TrainConfig) -> None:
+    env = environment(TOOLKIT_FAILPOINTS="run_folder.after-run=kill")  # of the main process, which alone opens it
+    result = command(RECIPE, *flags(tiny, DEMO), launch=TWO, env=env)
+    assert result.returncode != 0
+    assert "gloo" not in result.stderr
+
+
 def test_a_path_that_is_no_text_is_one_line_for_two_processes_too(tiny: TrainConfig) -> None:
     config = change(tiny, data={"path": ("caf\udce9",)})
     result = command(RECIPE, *flags(config, DEMO), launch=TWO)

@@ -383,7 +383,11 @@ def test_verbs_before_resume_are_refused_and_leave_the_run_as_it_was(fit: Fit, t
             with pytest.raises(UserError, match=r"call the trainer's resume\(\) before its other verbs"):
                 verb()
     after = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
-    assert {path.name for path in after if after[path] != before[path]} <= {"run.json", "recipe.json"}  # of this start
+    assert {path.name for path in after if after[path] != before[path]} <= {
+        "run.json",
+        "recipe.json",
+        "run.lock",
+    }  # of this start
     assert after.keys() == before.keys()
 
 
@@ -455,6 +459,35 @@ def test_a_ninth_compiled_run_of_one_process_is_compiled_too(tiny: TrainConfig, 
             with Trainer(config) as trainer:
                 trainer.resume()
                 assert math.isfinite(trainer.train_step().loss)
+
+
+def test_a_failed_run_knows_of_the_checkpoint_that_was_saved_meanwhile(
+    fit: Fit, tiny: TrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else, with its checkpoints lost, it would begin anew without a word."""
+    config = change(tiny, training={"checkpoint_every": 2})
+    monkeypatch.setenv("TOOLKIT_FAILPOINTS", "ledger.append=fail@3")
+    with pytest.raises((UserError, OSError)):
+        fit(config)
+    monkeypatch.delenv("TOOLKIT_FAILPOINTS")
+    run = Path(config.run.dir)
+    saved = sorted(path.name for path in (run / "checkpoints").iterdir())
+    assert json.loads((run / "status.json").read_text())["saved_step"] == int(saved[-1].removeprefix("step-"))
+    shutil.rmtree(run / "checkpoints")
+    with pytest.raises(UserError, match="has had a checkpoint of step"):
+        fit(config)
+
+
+def test_a_folder_that_took_the_place_of_the_run_s_is_left_alone(tiny: TrainConfig, tmp_path: Path) -> None:
+    run = Path(tiny.run.dir)
+    with pytest.raises(UserError), Trainer(change(tiny, training={"checkpoint_every": None})) as trainer:  # noqa: PT012
+        trainer.resume()
+        trainer.train_step()
+        run.rename(tmp_path / "moved")
+        shutil.copytree(tmp_path / "moved", run)
+        before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+        trainer.save()
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
 
 
 class NotFinite(GPT2):

@@ -175,6 +175,7 @@ class RunRecords:
 
         Raises: UserError if this save (blocking) or the one before (in the background) failed.
         """
+        self.folder.refuse_replaced()
         self.log.sync()  # the rows up to a checkpoint are as durable as the checkpoint
         extra = self.folder.copies()
         if tokenizer_file is not None:  # one of the user's own; the built-in ones are known by name
@@ -230,9 +231,15 @@ class RunRecords:
         self.writer.wait()
         self.wandb.finish(self._ended or "failed")
         try:
+            if self._in_flight in checkpoint.steps_in(
+                self.folder.checkpoints
+            ):  # saved, though the run has failed since
+                self._note_complete_save()
             self.log.close()
             if failure is not None and self._ended is None:
                 self.folder.set_status("failed", step=step, reason=failure)
         except OSError as error:  # the disk that made the run fail cannot take the status either
             logger.error("status.json could not be written: %s", describe_os_error(error))
+        except UserError as error:
+            logger.error("status.json was not written: %s", error)
         self.folder.close()

@@ -176,7 +176,8 @@ class RunFolder:
             return None
 
     def set_status(self, status: Status, *, step: int, reason: str = "") -> None:
-        """Replaces status.json. Raises: OSError if the disk refuses it."""
+        """Replaces status.json. Raises: OSError if the disk refuses it, UserError if the folder is not this run's any more."""
+        self.refuse_replaced()
         values = {
             "schema_version": SCHEMA_VERSION,
             "status": status,
@@ -186,6 +187,20 @@ class RunFolder:
             "updated": _now(),
         }
         replace_file(self.path / STATUS, render_json(values))
+
+    def refuse_replaced(self) -> None:
+        """Raises UserError if another folder has taken the place of the one that this run holds."""
+        if self._lock is None:
+            return
+        try:
+            named = (self.path / LOCK).stat()
+        except FileNotFoundError:
+            return  # whoever needs what has gone with it says so
+        held = os.fstat(self._lock)
+        if (held.st_dev, held.st_ino) != (named.st_dev, named.st_ino):
+            raise UserError(
+                f"{self.path} was moved away while the run was writing to it, and another is there now; nothing was changed in it"
+            )
 
     def close(self) -> None:
         """Frees the folder for another process."""

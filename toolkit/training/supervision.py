@@ -89,7 +89,7 @@ class StopRequests:
             self._received, self._first = received, now
         elif now - self._first > SAME_REQUEST_SECONDS and not self._launcher_died():
             # os.write, not logging: the main thread may hold a lock of the logging module and be stuck.
-            line = f"\nreceived {received.name} again: leaving at once; the last complete checkpoint is intact\n"
+            line = f"\nreceived {received.name} again: leaving at once; what was saved before is intact\n"
             with contextlib.suppress(OSError):
                 os.write(2, line.encode())
             os._exit(128 + received)

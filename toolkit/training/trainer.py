@@ -27,7 +27,7 @@ from accelerate.utils import (
 )
 from torch import Tensor, nn
 
-from toolkit.config import GPT2Config, Precision, TrainConfig, grad_accum_steps
+from toolkit.config import GPT2Config, Precision, TrainConfig, differences, from_dict, grad_accum_steps, to_dict
 from toolkit.data.loader import Data, open_data, sample_order, training_loader, validation_loader, window_counts
 from toolkit.data.tokenizer import Tokenizer, load_tokenizer
 from toolkit.errors import UserError
@@ -85,6 +85,13 @@ logger = logging.getLogger(__name__)
 STATE_PARTS = (
     *("step", "position", "skipped_steps", "skipped_in_a_row", "skipped_samples", "evaluated_step", "evaluation_due"),
     *("sampled_step", "sampling_due", "validation_loss", "loss_history", "scaler", "optimizer"),
+)
+# Settings that only the main process uses, or that say where something lies on one machine; data and weights are compared.
+MAY_DIFFER_BETWEEN_MACHINES = frozenset(
+    {
+        *("run.dir", "run.resume_from", "data.path", "data.cache_dir", "data.cache_gib", "model.init_from"),
+        "training.max_hours",
+    }
 )
 GARBAGE_EVERY = 100  # steps between collections of cyclic garbage
 # What the communication libraries say when another process has died. Source: messages of gloo's transport and of NCCL.
@@ -162,6 +169,17 @@ class Trainer:
         self._rewound_to: Counter[str] = Counter()  # how often this start went back to each checkpoint
         self._first_step: int | None = None  # what `step` will be after this start's first; None: before `resume`
 
+        try:
+            with self._naming_lost_peers():
+                self._prepare(model, optimizer)
+        except BaseException as error:
+            self.close(failure=str(error))
+            raise
+
+    def _prepare(self, model: nn.Module | None, optimizer: torch.optim.Optimizer | None) -> None:
+        """What takes all processes: data, records, weights."""
+        config = self.config
+        self._refuse_other_settings()
         self.data = self._open_data()
         self.order = sample_order(
             self.data,
@@ -177,17 +195,13 @@ class Trainer:
         self.micro_batch_size = self._first_micro_batch_size()
         self.grad_accum_steps = self._derive_accumulation()
         self._start, self.finished = self._open_records()
-        try:
-            self._build(model, optimizer)
-        except BaseException as error:
-            self.close(failure=str(error))
-            raise
+        self._build(model, optimizer)
 
     # ------------------------------------------------------------------------------------------- the run in one screen
 
     def fit(self) -> None:
         """Trains until `max_steps`, a stop request or `max_hours`; resumes if the run folder holds a checkpoint."""
-        with self, self._naming_lost_peers():
+        with self:
             if self.finished:
                 return
             self.resume()
@@ -263,7 +277,7 @@ class Trainer:
                 if self.processes.count > 1:
                     with self.processes.telling():
                         raise UserError(
-                            f"out of memory in step {self.step + 1}; the last checkpoint is intact: start again with "
+                            f"out of memory in step {self.step + 1}; what was saved before is intact: start again with "
                             f"--training.micro-batch-size {max(1, self.micro_batch_size // 2)}"
                         ) from None
             self._halve_micro_batch()
@@ -578,9 +592,10 @@ class Trainer:
         except RuntimeError as error:
             if not any(sign in str(error) for sign in SIGNS_OF_A_LOST_PEER):
                 raise
+            when = f"in step {self.step + 1}" if self._first_step is not None else "while starting"
             raise UserError(
-                f"process {self.processes.index} lost the connection to another process in step {self.step + 1}; what that "
-                "process printed, or the launcher's report, names the first cause; the last checkpoint is intact"
+                f"process {self.processes.index} lost the connection to another process {when}; what that process printed, or "
+                "the launcher's report, names the first cause; what was saved before is intact"
             ) from None
 
     @contextmanager
@@ -617,7 +632,16 @@ class Trainer:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        self.close(failure=None if error is None else (str(error) or type(error).__name__).splitlines()[0])
+        try:
+            with self._naming_lost_peers():
+                if error is not None:
+                    raise error
+        except BaseException as named:
+            self.close(failure=(str(named) or type(named).__name__).splitlines()[0])
+            if named is not error:
+                raise named from None
+        else:
+            self.close()
 
     # ------------------------------------------------------------------------------------------------ facts of the run
 
@@ -666,6 +690,26 @@ class Trainer:
         }
 
     # ----------------------------------------------------------------------------------------------------- preparations
+
+    def _refuse_other_settings(self) -> None:
+        """Raises UserError in every process if one was started with other settings than the main process.
+
+        Why: each machine has a command line of its own, and with another learning rate or seed on one of them all would
+        train on, each its own way.
+        """
+        main = self.processes.share({"config": to_dict(self.config), "precision": self.precision})
+        with self.processes.together():
+            found = differences(from_dict(TrainConfig, main["config"]), self.config)
+            found += [("precision", main["precision"], self.precision)] if main["precision"] != self.precision else []
+            different = [
+                f"{name}={here!r} instead of {there!r}"
+                for name, there, here in found
+                if name not in MAY_DIFFER_BETWEEN_MACHINES and not name.startswith("wandb.")
+            ]
+            if different:
+                raise UserError(
+                    f"started with {', '.join(different)} of the main process; give every machine the same settings"
+                )
 
     def _open_data(self) -> Data:
         """The data on this machine, the same on all (by fingerprint), and fitting the model.
