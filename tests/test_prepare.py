@@ -546,7 +546,10 @@ def test_an_interrupt_while_workers_start_is_one_word(corpus: Path, tmp_path: Pa
                 time.sleep(1)
         """)
     )
-    code = "import sys; from toolkit.cli import main; sys.argv[0] = 'toolkit'; main()"
+    code = (  # the tests themselves may run in the background, where Ctrl-C is ignored
+        "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
+        "from toolkit.cli import main; sys.argv[0] = 'toolkit'; main()"
+    )
     arguments = [str(corpus), "--out", str(tmp_path / "out"), "--tokenizer", "bytes", "--workers", "2"]
     process = subprocess.Popen(
         [sys.executable, "-c", code, "prepare", *arguments],
