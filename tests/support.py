@@ -97,10 +97,12 @@ def command(
     )
 
 
+TOOLKIT = "import sys; from toolkit.cli import main; sys.argv[0] = 'toolkit'; main()"  # as a program
+
+
 def toolkit(*arguments: str, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
     """Runs the `toolkit` command in a process of its own."""
-    code = "import sys; from toolkit.cli import main; sys.argv[0] = 'toolkit'; main()"
-    return command("-c", code, *arguments, env=env)
+    return command("-c", TOOLKIT, *arguments, env=env)
 
 
 def exact_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

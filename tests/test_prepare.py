@@ -29,7 +29,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet
 
-from tests.support import ROOT, environment
+from tests.support import ROOT, TOOLKIT, environment
 from toolkit import failpoint
 from toolkit.data import journal, reading, sources
 from toolkit.data import prepare as module
@@ -546,10 +546,8 @@ def test_an_interrupt_while_workers_start_is_one_word(corpus: Path, tmp_path: Pa
                 time.sleep(1)
         """)
     )
-    code = (  # the tests themselves may run in the background, where Ctrl-C is ignored
-        "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
-        "from toolkit.cli import main; sys.argv[0] = 'toolkit'; main()"
-    )
+    # The tests themselves may run in the background, where Ctrl-C is ignored.
+    code = f"import signal; signal.signal(signal.SIGINT, signal.default_int_handler); {TOOLKIT}"
     arguments = [str(corpus), "--out", str(tmp_path / "out"), "--tokenizer", "bytes", "--workers", "2"]
     process = subprocess.Popen(
         [sys.executable, "-c", code, "prepare", *arguments],

@@ -473,9 +473,9 @@ def _refuse_empty(arguments: Sequence[str]) -> None:
     prompt = 2 if arguments[:1] == ["generate"] else len(arguments)
     for index, word in enumerate(arguments[:prompt]):
         if not word or (word.startswith("--") and word.endswith("=")):
-            after = f" after {arguments[index - 1]}" if index and not word else f" {word}" if word else ""
+            which = word or f"after {['toolkit', *arguments][index]}"
             raise UserError(
-                f"an argument{after} is empty; name a path (is a variable of the shell not set?), or . for this folder"
+                f"an argument {which} is empty; name a path (is a variable of the shell not set?), or . for this folder"
             )
 
 
@@ -534,21 +534,19 @@ def _tokenizer_of(folder: Path) -> "Tokenizer":
     from toolkit.model.huggingface import read_config
     from toolkit.training.checkpoint import read_manifest
 
+    own = folder / "tokenizer.json"
     if not (folder / "manifest.json").exists():
-        own = folder / "tokenizer.json"
-        tokenizer, vocab_size = (
-            load_tokenizer(str(own) if own.exists() else "gpt2"),
-            read_config(str(folder)).vocab_size,
-        )
+        tokenizer = load_tokenizer(str(own) if own.exists() else "gpt2")
+        vocab_size = read_config(str(folder)).vocab_size
         if tokenizer.vocab_size != vocab_size:
+            found = "no tokenizer.json, which stands for GPT-2 with 50257"
+            if own.exists():
+                found = f"its tokenizer.json of {tokenizer.vocab_size}"
             raise UserError(
-                f"{folder} has a model of {vocab_size} ids and {'its tokenizer.json' if own.exists() else 'no tokenizer.json'}"
-                f"{f' of {tokenizer.vocab_size}' if own.exists() else ', which stands for GPT-2 with 50257'}; put the model's "
-                "own tokenizer.json there"
+                f"{folder} has a model of {vocab_size} ids and {found}; put the model's own tokenizer.json there"
             )
         return tokenizer
     info = read_manifest(folder)["tokenizer"]
-    own = folder / "tokenizer.json"
     tokenizer = load_tokenizer(str(own) if own.exists() else info["name"])
     if tokenizer.sha256 != info["sha256"]:
         raise UserError(

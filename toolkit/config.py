@@ -336,6 +336,21 @@ MAY_CHANGE_ON_RESUME = frozenset(
 )
 
 
+# Where something lies on one machine.
+PATHS = frozenset({"run.dir", "run.resume_from", "data.path", "data.cache_dir", "model.init_from"})
+
+# The machines of a run may differ in these and in nothing else: paths (data are compared by fingerprint, weights sent by the
+# main process), and what only one process minds.
+MAY_DIFFER_BETWEEN_MACHINES = frozenset(
+    {
+        *PATHS,
+        "data.cache_gib",
+        "training.max_hours",
+        *(f"wandb.{field.name}" for field in dataclasses.fields(WandbConfig)),
+    }
+)
+
+
 def nearest_multiples(value: int, unit: int) -> str:
     """The multiples of `unit` next to `value`, as words: "499712 or 507904"."""
     below, above = value // unit * unit, (value // unit + 1) * unit

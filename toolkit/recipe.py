@@ -6,12 +6,12 @@ process alone.
 
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import tyro
 
-from toolkit.config import GPT2_SIZES, GPT2Config, TrainConfig, load_recipe
+from toolkit.config import GPT2_SIZES, GPT2Config, TrainConfig, gpt2_config, load_recipe
 from toolkit.errors import UserError, is_main_process, one_line_errors
 from toolkit.training.supervision import StopRequests
 
@@ -90,24 +90,25 @@ def _starting_shape(arguments: Sequence[str], *, run_dir: str) -> list[str]:
     Raises: UserError if both are named, or for weights that cannot be read.
     """
     size, source = _value_of("--model.size", arguments), _value_of("--model.init-from", arguments)
-    published = dict(zip(("n_layer", "n_head", "n_embd"), GPT2_SIZES.get(size or "", ()), strict=False))
-    if source in (None, "None"):
-        return _flags_of(published)
-    if published:
-        raise UserError(
-            f"--model.size {size} and --model.init-from {source} both set the model's shape; give one of them"
-        )
-    shape = _recorded_shape(Path(_value_of("--run.dir", arguments) or run_dir), source)
-    if shape is None:
-        from toolkit.model.huggingface import read_config
+    names: tuple[str, ...] = ("n_layer", "n_head", "n_embd")
+    if size in GPT2_SIZES:
+        if source not in (None, "None"):
+            raise UserError(
+                f"--model.size {size} and --model.init-from {source} both set the model's shape; give one of them"
+            )
+        shape = gpt2_config(size)
+    elif source not in (None, "None"):
+        names += ("context_length", "vocab_size")
+        shape = _recorded_shape(Path(_value_of("--run.dir", arguments) or run_dir), source) or _shape_of_weights(source)
+    else:
+        return []
+    return [word for name in names for word in (f"--model.{name.replace('_', '-')}", str(getattr(shape, name)))]
 
-        shape = read_config(source)
-    names = ("n_layer", "n_head", "n_embd", "context_length", "vocab_size")
-    return _flags_of({name: getattr(shape, name) for name in names})
 
+def _shape_of_weights(source: str) -> GPT2Config:
+    from toolkit.model.huggingface import read_config  # imports torch, which flags alone do not need
 
-def _flags_of(shape: Mapping[str, int]) -> list[str]:
-    return [word for name, value in shape.items() for word in (f"--model.{name.replace('_', '-')}", str(value))]
+    return read_config(source)
 
 
 def _recorded_shape(run: Path, source: str) -> GPT2Config | None:

@@ -188,8 +188,7 @@ class _AppendFile:
 
     def append(self, line: bytes) -> None:
         try:
-            here, named = os.fstat(self._fd), self.path.stat()
-            if (here.st_dev, here.st_ino) != (named.st_dev, named.st_ino):
+            if not os.path.samestat(os.fstat(self._fd), self.path.stat()):
                 raise UserError(
                     f"{self.path} was replaced while the run was writing to it; let only one program write it"
                 )

@@ -24,7 +24,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
-from toolkit.config import MAY_CHANGE_ON_RESUME, TrainConfig, differences, from_dict, to_dict
+from toolkit.config import MAY_CHANGE_ON_RESUME, PATHS, TrainConfig, differences, from_dict, to_dict
 from toolkit.disk import sync_folder
 from toolkit.errors import UserError, describe_os_error
 from toolkit.failpoint import failpoint
@@ -87,9 +87,6 @@ def _close_in_child() -> None:
     for descriptor in _held:
         os.close(descriptor)
     _held.clear()
-
-
-_PATHS = frozenset({"run.dir", "run.resume_from", "data.path", "data.cache_dir", "model.init_from"})
 
 
 class RunFolder:
@@ -196,8 +193,7 @@ class RunFolder:
             named = (self.path / LOCK).stat()
         except FileNotFoundError:
             return  # whoever needs what has gone with it says so
-        held = os.fstat(self._lock)
-        if (held.st_dev, held.st_ino) != (named.st_dev, named.st_ino):
+        if not os.path.samestat(os.fstat(self._lock), named):
             raise UserError(
                 f"{self.path} was moved away while the run was writing to it, and another is there now; nothing was changed in it"
             )
@@ -379,7 +375,7 @@ def _without_secrets(config: TrainConfig) -> TrainConfig:
         for name, value in fields.items():
             if Literal in (typing.get_origin(hints[name]), *map(typing.get_origin, typing.get_args(hints[name]))):
                 continue
-            if f"{section}.{name}" not in _PATHS:
+            if f"{section}.{name}" not in PATHS:
                 fields[name] = redact(value)
             elif isinstance(value, list):
                 fields[name] = [_redact_path(item) for item in value]

@@ -27,7 +27,16 @@ from accelerate.utils import (
 )
 from torch import Tensor, nn
 
-from toolkit.config import GPT2Config, Precision, TrainConfig, differences, from_dict, grad_accum_steps, to_dict
+from toolkit.config import (
+    MAY_DIFFER_BETWEEN_MACHINES,
+    GPT2Config,
+    Precision,
+    TrainConfig,
+    differences,
+    from_dict,
+    grad_accum_steps,
+    to_dict,
+)
 from toolkit.data.loader import Data, open_data, sample_order, training_loader, validation_loader, window_counts
 from toolkit.data.tokenizer import Tokenizer, load_tokenizer
 from toolkit.errors import UserError
@@ -85,13 +94,6 @@ logger = logging.getLogger(__name__)
 STATE_PARTS = (
     *("step", "position", "skipped_steps", "skipped_in_a_row", "skipped_samples", "evaluated_step", "evaluation_due"),
     *("sampled_step", "sampling_due", "validation_loss", "loss_history", "scaler", "optimizer"),
-)
-# Settings that only the main process uses, or that say where something lies on one machine; data and weights are compared.
-MAY_DIFFER_BETWEEN_MACHINES = frozenset(
-    {
-        *("run.dir", "run.resume_from", "data.path", "data.cache_dir", "data.cache_gib", "model.init_from"),
-        "training.max_hours",
-    }
 )
 GARBAGE_EVERY = 100  # steps between collections of cyclic garbage
 # What the communication libraries say when another process has died. Source: messages of gloo's transport and of NCCL.
@@ -170,10 +172,9 @@ class Trainer:
         self._first_step: int | None = None  # what `step` will be after this start's first; None: before `resume`
 
         try:
-            with self._naming_lost_peers():
-                self._prepare(model, optimizer)
+            self._prepare(model, optimizer)
         except BaseException as error:
-            self.close(failure=str(error))
+            self._fail(error)
             raise
 
     def _prepare(self, model: nn.Module | None, optimizer: torch.optim.Optimizer | None) -> None:
@@ -585,20 +586,6 @@ class Trainer:
         self._say(f"finished at step {self.step}; {weights}")
 
     @contextmanager
-    def _naming_lost_peers(self) -> Iterator[None]:
-        """Says in one line that another process has gone, instead of where this one happened to wait for it."""
-        try:
-            yield
-        except RuntimeError as error:
-            if not any(sign in str(error) for sign in SIGNS_OF_A_LOST_PEER):
-                raise
-            when = f"in step {self.step + 1}" if self._first_step is not None else "while starting"
-            raise UserError(
-                f"process {self.processes.index} lost the connection to another process {when}; what that process printed, or "
-                "the launcher's report, names the first cause; what was saved before is intact"
-            ) from None
-
-    @contextmanager
     def _naming_missing_memory(self, what: str) -> Iterator[None]:
         """Says in one line that what no smaller micro-batch makes smaller does not fit.
 
@@ -632,16 +619,23 @@ class Trainer:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        try:
-            with self._naming_lost_peers():
-                if error is not None:
-                    raise error
-        except BaseException as named:
-            self.close(failure=(str(named) or type(named).__name__).splitlines()[0])
-            if named is not error:
-                raise named from None
-        else:
+        if error is None:
             self.close()
+        else:
+            self._fail(error)
+
+    def _fail(self, error: BaseException) -> None:
+        """Closes after an error; raises one line in its place if all that it says is where this process lost another."""
+        lost = isinstance(error, RuntimeError) and any(sign in str(error) for sign in SIGNS_OF_A_LOST_PEER)
+        if lost:
+            when = f"in step {self.step + 1}" if self._first_step is not None else "while starting"
+            error = UserError(
+                f"process {self.processes.index} lost the connection to another process {when}; what that process printed, or "
+                "the launcher's report, names the first cause; what was saved before is intact"
+            )
+        self.close(failure=(str(error) or type(error).__name__).splitlines()[0])
+        if lost:
+            raise error from None
 
     # ------------------------------------------------------------------------------------------------ facts of the run
 
@@ -704,7 +698,7 @@ class Trainer:
             different = [
                 f"{name}={here!r} instead of {there!r}"
                 for name, there, here in found
-                if name not in MAY_DIFFER_BETWEEN_MACHINES and not name.startswith("wandb.")
+                if name not in MAY_DIFFER_BETWEEN_MACHINES
             ]
             if different:
                 raise UserError(
