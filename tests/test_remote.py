@@ -99,12 +99,20 @@ def server(folder: Path) -> Iterator[Server]:
 
 
 @pytest.fixture(autouse=True)
-def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+def quick_retries(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A fault that passes costs no time; how long one may last is as generous as ever, for a busy machine's sake."""
     monkeypatch.setenv("no_proxy", "127.0.0.1,localhost")
     monkeypatch.setattr(remote, "FIRST_BACKOFF_SECONDS", 0.01)
-    monkeypatch.setattr(remote, "OUTAGE_SECONDS", 0.5)
-    monkeypatch.setattr(remote, "OPEN_OUTAGE_SECONDS", 0.1)
-    monkeypatch.setattr(remote, "READ_TIMEOUT_SECONDS", 0.3)
+    monkeypatch.setattr(remote, "OUTAGE_SECONDS", 60.0)
+    monkeypatch.setattr(remote, "OPEN_OUTAGE_SECONDS", 60.0)
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For a fault that stays."""
+    monkeypatch.setattr(remote, "OUTAGE_SECONDS", 1.0)
+    monkeypatch.setattr(remote, "OPEN_OUTAGE_SECONDS", 1.0)
+    monkeypatch.setattr(remote, "READ_TIMEOUT_SECONDS", 1.0)
 
 
 def cached_bytes(cache: Path) -> int:
@@ -158,7 +166,7 @@ def test_the_cache_stays_within_its_limit_and_drops_what_was_used(server: Server
     local = open_data(str(tmp_path / "data"))
     rest = sample_windows(local, (SHARDS + 4) * PER_SHARD, 4 * PER_SHARD, **SETTINGS)
     expected = {window.shard for window in rest}
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 60
     while {path.name for path in cache.rglob("*.bin")} != expected and time.monotonic() < deadline:
         time.sleep(0.01)
     assert {path.name for path in cache.rglob("*.bin")} == expected
@@ -185,7 +193,7 @@ def test_the_cache_may_lie_on_nfs(server: Server, tmp_path: Path, monkeypatch: p
 def test_runs_that_share_a_cache_take_no_shard_that_another_needs_now(
     server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(remote, "NO_ROOM_SECONDS", 1.5)
+    monkeypatch.setattr(remote, "NO_ROOM_SECONDS", 3.0)
     cache = tmp_path / "cache"
 
     def start(position: int) -> Iterator[dict[str, Any]]:
@@ -201,7 +209,7 @@ def test_runs_that_share_a_cache_take_no_shard_that_another_needs_now(
 
     def wait_until_cached(*groups: int) -> None:
         names = set.union(*(shards_of(group) for group in groups))
-        deadline = time.monotonic() + 5
+        deadline = time.monotonic() + 60
         while not names <= {path.name for path in cache.rglob("*.bin")} and time.monotonic() < deadline:
             time.sleep(0.01)
         assert names <= {path.name for path in cache.rglob("*.bin")}
@@ -231,13 +239,14 @@ def test_a_set_that_fits_as_a_whole_is_fetched_once(server: Server, tmp_path: Pa
 
 def test_the_next_group_is_there_before_it_is_needed(server: Server, tmp_path: Path) -> None:
     data = open_data(server.url, cache_dir=str(tmp_path / "cache"), cache_gib=ROOM_GIB)
+    of_other_tests = set(threading.enumerate())
     batches = iter(training_loader(data, position=0, micro_batch_size=1, **SETTINGS))
     next(batches)
     fetcher = data.sets[0].remote.fetcher  # type: ignore[union-attr]
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
         # A file gets its name before its thread has noted that it is there, for which a read would wait a moment.
-        fetching = any(thread.name == "shard-fetcher" for thread in threading.enumerate())
+        fetching = any(thread.name == "shard-fetcher" for thread in set(threading.enumerate()) - of_other_tests)
         if not fetching and len(list((tmp_path / "cache").rglob("*.bin"))) >= 4:
             break
         time.sleep(0.01)
@@ -281,14 +290,11 @@ def test_a_cache_too_small_for_the_shards_of_one_batch_is_refused_at_once(tmp_pa
         server.close()
 
 
-def test_what_is_needed_soon_makes_way_for_what_is_needed_now(
-    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(remote, "NO_ROOM_SECONDS", 1.5)
+def test_what_is_needed_soon_makes_way_for_what_is_needed_now(server: Server, tmp_path: Path) -> None:
     data = open_data(server.url, cache_dir=str(tmp_path / "cache"), cache_gib=ROOM_GIB)
     batches = iter(training_loader(data, position=2 * PER_SHARD - 1, micro_batch_size=2, **SETTINGS))
     next(batches)  # in two groups; the third one then fills the cache
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 60
     while len(list((tmp_path / "cache").rglob("train*.bin"))) < 6 and time.monotonic() < deadline:
         time.sleep(0.01)
     assert len(list((tmp_path / "cache").rglob("*.bin"))) == 6
@@ -332,7 +338,7 @@ def respond(handler: http.server.BaseHTTPRequestHandler, body: bytes, *, length:
 def stall(handler: http.server.BaseHTTPRequestHandler, data: bytes) -> bool:
     respond(handler, data[:700], length=len(data))
     handler.wfile.flush()
-    time.sleep(1.0)
+    time.sleep(5.0)
     return True
 
 
@@ -383,7 +389,11 @@ FAULTS = {"stall": stall, "drop": drop, "corrupt": corrupt, "shorter": shorter, 
 
 @pytest.mark.parametrize("ranges", [True, False], ids=["ranges", "no-ranges"])
 @pytest.mark.parametrize("fault", [*FAULTS, "503", "429"])
-def test_a_fault_that_passes_changes_nothing(folder: Path, tmp_path: Path, fault: str, ranges: bool) -> None:
+def test_a_fault_that_passes_changes_nothing(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str, ranges: bool
+) -> None:
+    if fault == "stall":
+        monkeypatch.setattr(remote, "READ_TIMEOUT_SECONDS", 1.0)
     server = Server(folder, ranges=ranges)
     answer = FAULTS.get(fault) or status(int(fault))
     server.faults = {name: times(1, answer) for name in ("train_000001.bin", "train_000007.bin")}
@@ -424,6 +434,7 @@ def test_a_link_that_drops_again_and_again_gets_there(server: Server, folder: Pa
     assert server.requests["train_000001.bin"] == -(-SHARD_BYTES // 100)
 
 
+@pytest.mark.usefixtures("impatient")
 @pytest.mark.parametrize(
     ("fault", "message"),
     [
@@ -461,7 +472,7 @@ def test_a_shard_that_failed_early_is_tried_again_when_it_is_needed(
     batches = iter(training_loader(data, position=0, micro_batch_size=1, **SETTINGS))
     with caplog.at_level(logging.WARNING):
         next(batches)
-        deadline = time.monotonic() + 5
+        deadline = time.monotonic() + 60
         while later not in caplog.text and time.monotonic() < deadline:
             time.sleep(0.01)
     assert later in caplog.text
@@ -470,6 +481,7 @@ def test_a_shard_that_failed_early_is_tried_again_when_it_is_needed(
         next(batches)
 
 
+@pytest.mark.usefixtures("impatient")
 def test_a_set_that_cannot_be_opened_is_one_clear_line(server: Server, tmp_path: Path) -> None:
     cache = str(tmp_path / "cache")
     server.faults["manifest.json"] = status(404)
@@ -558,6 +570,7 @@ def test_a_url_that_can_never_work_is_refused_at_once(tmp_path: Path, url: str, 
         assert "hunter2" not in str(caught.value)
 
 
+@pytest.mark.usefixtures("impatient")
 def test_user_and_password_are_sent_to_the_host_itself_and_never_named(
     server: Server, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -370,7 +370,7 @@ def troubles(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Tro
             return Trouble(folder, run)
 
         patch.setenv("WANDB_BASE_URL", silent.url)
-        runs = {"start hangs": begin("start hangs", init_seconds=1.0)}
+        runs = {"start hangs": begin("start hangs", init_seconds=4.0)}
         patch.setenv("WANDB_BASE_URL", falls_silent.url)
         runs["finish hangs"] = begin("finish hangs", finish_seconds={"failed": 1.0})
         patch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{closed.getsockname()[1]}")
@@ -453,7 +453,7 @@ def test_trouble_costs_one_warning_and_no_time(troubles: dict[str, Trouble], nam
     assert len(run.warnings) == 1
     assert re.search(warning, run.warnings[0])
     assert "metrics.jsonl has every row" in run.warnings[0]
-    assert run.longest_wait < 1.0  # typically 0.001 s; the rest is a busy machine
+    assert run.longest_wait < 3.0  # typically 0.001 s; the rest is a busy machine
     assert run.finish_seconds < (5 if name == "finish hangs" else 21)
     until(lambda: all(has_ended(pid) for pid in run.processes))
 
