@@ -205,9 +205,9 @@ def test_no_tensors_and_odd_layouts(tmp_path: Path) -> None:
 
 def test_large_buffers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Memory in large pages, several chunks, and writing back behind the writer: as for the real model."""
-    for module, name, value in (("files", "CHUNK", 1 << 16), ("files", "BEHIND", 1 << 17)):
-        monkeypatch.setattr(f"toolkit.training.{module}.{name}", value)
-    monkeypatch.setattr("toolkit.training.tensor_file.CHUNK", 1 << 16)
+    for module in ("disk", "training.files", "training.tensor_file"):
+        monkeypatch.setattr(f"toolkit.{module}.CHUNK", 1 << 16)
+    monkeypatch.setattr("toolkit.disk.BEHIND", 1 << 17)
     monkeypatch.setattr("toolkit.training.tensor_file.HUGE_PAGES_FROM", 1 << 16)
     model = {"a": torch.randn(300_001), "b": torch.randn(7)}
     save(CheckpointWriter(tmp_path, CheckpointConfig()), 1, model=model, optimizer={})

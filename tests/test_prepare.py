@@ -367,7 +367,7 @@ POINTS = [
     "prepare.before-last-shards=kill",
     "prepare.before-manifest=kill",
     "prepare.after-manifest=kill",
-    "shards.before-rename=kill@3",
+    "files.before-replace=kill@3",
     "shards.before-shard-rename=kill@1",
     "shards.after-shard-rename=kill@1",
     "shards.before-shard-rename=kill@4",
@@ -426,7 +426,7 @@ def test_finished_work_is_not_done_again(
 def test_killed_again_and_again(seed: int, corpus: Path, reference: Path, tmp_path: Path) -> None:
     rng, out, kills = random.Random(seed), tmp_path / "out", 0
     while True:
-        point = rng.choice(["prepare.after-block", "prepare.before-journal", "shards.before-rename"])
+        point = rng.choice(["prepare.after-block", "prepare.before-journal", "files.before-replace"])
         passage = rng.randint(2, 12)
         with child(lambda: prepare(corpus, out), failpoints=f"{point}=kill@{passage}") as (status, _):
             if status == 0:

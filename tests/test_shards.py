@@ -16,10 +16,11 @@ from hypothesis import strategies as st
 from tests.data_sets import write_set
 from toolkit import failpoint
 from toolkit.data.loader import open_data
-from toolkit.data.manifest import Manifest, ShardInfo, TokenizerInfo, read_manifest, write_durably
+from toolkit.data.manifest import Manifest, ShardInfo, TokenizerInfo, read_manifest, write_manifest
 from toolkit.data.prepare import prepare
-from toolkit.data.shards import ShardWriter, adopt, open_shards, shard_file_name, verify_data, write_manifest
+from toolkit.data.shards import ShardWriter, adopt, open_shards, shard_file_name, verify_data
 from toolkit.data.tokenizer import load_tokenizer, train_tokenizer
+from toolkit.disk import replace_file
 from toolkit.errors import UserError
 
 MakeSet = Callable[..., Path]
@@ -178,7 +179,7 @@ def test_a_manifest_is_read_strictly(
         (b"{", "is not valid JSON"),
         (b"\xff\xfe", "is not UTF-8"),
         (b"[" * 100_000, "nested too deeply|is not valid JSON"),
-        (b"3", "schema_version=None"),
+        (b"3", "does not hold a JSON object"),
         (b'{"a": 1, "a": 2}', "holds a key twice"),
         (b'{"schema_version": NaN}', "holds NaN"),
         (b'{"schema_version": 1e999}', "holds 1e999, which is no finite number"),
@@ -339,10 +340,10 @@ def test_many_shards_need_few_open_files(make_set: MakeSet) -> None:
 
 def test_a_write_that_fails_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "file"
-    write_durably(path, b"before")
-    monkeypatch.setenv(failpoint.VARIABLE, "shards.before-rename=fail")
+    replace_file(path, b"before")
+    monkeypatch.setenv(failpoint.VARIABLE, "files.before-replace=fail")
     with pytest.raises(OSError, match="No space left"):
-        write_durably(path, b"after")
+        replace_file(path, b"after")
     assert [(found.name, found.read_bytes()) for found in tmp_path.iterdir()] == [("file", b"before")]
 
 

@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from toolkit.data.documents import Counts, Position
-from toolkit.data.manifest import SPLITS, ShardInfo, Split, write_durably
+from toolkit.data.manifest import SPLITS, ShardInfo, Split
 from toolkit.data.sources import Source
+from toolkit.disk import replace_file
 from toolkit.errors import UserError, describe_os_error
 from toolkit.failpoint import failpoint
 
@@ -95,7 +96,7 @@ class Journal:
             "kept_tokens": self.kept_tokens,
         }
         failpoint("prepare.before-journal")
-        write_durably(out / STATE_FOLDER / JOURNAL_FILE, json.dumps(values).encode())
+        replace_file(out / STATE_FOLDER / JOURNAL_FILE, json.dumps(values).encode())
         failpoint("prepare.after-journal")
 
 
@@ -149,7 +150,7 @@ def begin(out: Path, settings: dict[str, Any], source: Source) -> Journal:
             f"{out} holds {foreign[0]} but neither a manifest nor work of `toolkit prepare` to continue; use an empty "
             f"folder, or, for llm.c shards, `toolkit adopt {out}`"
         )
-    write_durably(out / STATE_FOLDER / FILES_FILE, json.dumps(_stamps(source)).encode())
+    replace_file(out / STATE_FOLDER / FILES_FILE, json.dumps(_stamps(source)).encode())
     journal = Journal(settings=settings)
     journal.save(out)
     return journal

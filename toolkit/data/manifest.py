@@ -5,11 +5,9 @@ read is bounded in size, of a known schema, with safe file names and counts that
 (`shards`).
 """
 
-import contextlib
 import errno
 import hashlib
 import json
-import math
 import os
 import re
 import stat
@@ -21,9 +19,9 @@ from typing import Any, Literal
 
 import numpy as np
 
-from toolkit.disk import sync_folder
+from toolkit.disk import replace_file
 from toolkit.errors import UserError
-from toolkit.failpoint import failpoint
+from toolkit.strict_json import parse_object
 
 Split = Literal["train", "val"]
 
@@ -120,14 +118,14 @@ class Manifest:
         return json.dumps(values, sort_keys=True, indent=1, allow_nan=False) + "\n"
 
     @classmethod
-    def from_json(cls, text: str, *, where: str) -> "Manifest":
-        """The manifest that this text describes.
+    def from_json(cls, data: bytes, *, where: str) -> "Manifest":
+        """The manifest in the bytes of a file.
 
         Raises: UserError if it is not one of ours to the letter: another schema, unknown or missing keys, values out of
         bounds, unsafe file names, totals that do not fit.
         """
         try:
-            return _parse_manifest(text)
+            return _parse_manifest(data)
         except UserError as error:
             raise UserError(f"{where}: {error}") from None
 
@@ -180,16 +178,12 @@ def _shard_info_problems(shard: ShardInfo, tokenizer: TokenizerInfo) -> list[str
     return problems
 
 
-def _parse_manifest(text: str) -> Manifest:
+def _parse_manifest(data: bytes) -> Manifest:
     try:
-        values = json.loads(text, object_pairs_hook=_unique_keys, parse_constant=_no_constant, parse_float=_finite)
-    except UserError:
-        raise
-    except RecursionError:
-        raise UserError("is nested too deeply for a manifest") from None
+        values = parse_object(data)
     except ValueError as error:
-        raise UserError(f"is not valid JSON ({error})") from None
-    version = values.get("schema_version") if isinstance(values, dict) else None
+        raise UserError(str(error)) from None
+    version = values.get("schema_version")
     if version != SCHEMA_VERSION or isinstance(version, bool):
         raise UserError(
             f"schema_version={version!r} is not the {SCHEMA_VERSION} that this version of the toolkit reads"
@@ -215,22 +209,6 @@ def _parse_manifest(text: str) -> Manifest:
             if splits[split][name] != total:
                 raise UserError(f"splits.{split}.{name}={splits[split][name]} is not the sum over its shards, {total}")
     return manifest
-
-
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    values = dict(pairs)
-    if len(values) != len(pairs):
-        raise UserError("holds a key twice in one object")
-    return values
-
-
-def _no_constant(name: str) -> Any:
-    raise UserError(f"holds {name[:80]}, which is no finite number")
-
-
-def _finite(number: str) -> float:
-    value = float(number)
-    return value if math.isfinite(value) else _no_constant(number)
 
 
 def _fields(values: Any, where: str, types: Mapping[str, type]) -> dict[str, Any]:
@@ -270,7 +248,7 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
             f"{Path(folder) / MANIFEST_FILE}: {shards} shards make {len(data)} bytes, more than {MAX_MANIFEST_BYTES}; "
             "use larger shards (--shard-tokens)"
         )
-    write_durably(Path(folder) / MANIFEST_FILE, data)
+    replace_file(Path(folder) / MANIFEST_FILE, data)
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -304,11 +282,7 @@ def decode_manifest(data: bytes, *, where: str) -> Manifest:
     """The manifest in the bytes of a file, bounded in size."""
     if len(data) > MAX_MANIFEST_BYTES:
         raise UserError(f"{where} is larger than {MAX_MANIFEST_BYTES} bytes, more than any manifest of ours")
-    try:
-        text = data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{where} is not UTF-8 ({error.reason} at byte {error.start})") from None
-    return Manifest.from_json(text, where=where)
+    return Manifest.from_json(data, where=where)
 
 
 def own_tokenizer_file(folder: Path, manifest: Manifest) -> Path | None:
@@ -341,23 +315,6 @@ def _no_manifest(folder: Path) -> str:
         )
     what = "is empty" if not any(folder.iterdir()) else f"has no {MANIFEST_FILE}"
     return f"{folder} {what}; {_how_to_make(folder)}, or, for llm.c shards, `toolkit adopt {folder}`"
-
-
-def write_durably(path: Path, data: bytes) -> None:
-    """Replaces a file by these bytes, completely or not at all, on disk when this returns."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        failpoint("shards.before-rename")
-        temporary.replace(path)
-    except OSError:
-        with contextlib.suppress(OSError):  # the first error is the one to read
-            temporary.unlink()
-        raise
-    sync_folder(path.parent)
 
 
 def open_regular(path: Path) -> Any:

@@ -43,7 +43,6 @@ from toolkit.data.manifest import (
     decode_manifest,
     open_regular,
     safe_url,
-    write_durably,
 )
 from toolkit.data.shards import (
     HEADER_BYTES,
@@ -57,6 +56,7 @@ from toolkit.data.shards import (
     tokenizer_problems,
     verify_shards,
 )
+from toolkit.disk import replace_file
 from toolkit.errors import UserError, describe_os_error
 from toolkit.failpoint import failpoint
 
@@ -409,7 +409,7 @@ class Fetcher:
         with self._cache.locked():  # several processes start together
             if not path.is_file() or path.read_bytes() != data:
                 path.parent.mkdir(parents=True, exist_ok=True)
-                write_durably(path, data)
+                replace_file(path, data)
         return path
 
     @property

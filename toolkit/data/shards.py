@@ -46,38 +46,14 @@ from toolkit.data.manifest import (
     read_manifest,
     read_manifest_file,
     token_dtype,
-    write_durably,
     write_manifest,
 )
-from toolkit.disk import sync_folder
+from toolkit.disk import replace_file, sync_folder
 from toolkit.errors import UserError
 from toolkit.failpoint import failpoint
 
 if TYPE_CHECKING:
     from toolkit.data.tokenizer import Tokenizer
-
-__all__ = [  # the records are defined in `manifest`; who deals with shards needs both
-    "MANIFEST_FILE",
-    "MAX_SHARD_TOKENS",
-    "SCHEMA_VERSION",
-    "SPLITS",
-    "TOKENIZER_FILE",
-    "Manifest",
-    "OpenFiles",
-    "Shard",
-    "ShardInfo",
-    "ShardWriter",
-    "Split",
-    "TokenizerInfo",
-    "adopt",
-    "open_shards",
-    "read_manifest",
-    "shard_file_name",
-    "token_dtype",
-    "verify_data",
-    "write_durably",
-    "write_manifest",
-]
 
 logger = logging.getLogger(__name__)
 
@@ -483,7 +459,7 @@ def write_tokenizer_file(folder: Path, tokenizer: "Tokenizer") -> None:
         return
     from toolkit.data.tokenizer import load_tokenizer
 
-    write_durably(path, tokenizer.path.read_bytes())
+    replace_file(path, tokenizer.path.read_bytes())
     if load_tokenizer(str(path)).sha256 != tokenizer.sha256:
         path.unlink()
         raise UserError(

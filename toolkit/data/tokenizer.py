@@ -26,7 +26,8 @@ import numpy.typing as npt
 import tiktoken
 from tiktoken_ext.openai_public import r50k_pat_str  # type: ignore[import-untyped]
 
-from toolkit.data.manifest import open_regular, token_dtype, write_durably
+from toolkit.data.manifest import open_regular, token_dtype
+from toolkit.disk import replace_file
 from toolkit.errors import UserError
 
 Ids = npt.NDArray[Any]
@@ -577,7 +578,7 @@ def train_tokenizer(paths: Sequence[str], *, vocab_size: int, out: Path, text_co
             f"{reached + 1} tokens; use {reached + 1} or more text"
         )
     trainable.add_special_tokens([END_OF_TEXT])
-    write_durably(out, trainable.to_str(pretty=True).encode())
+    replace_file(out, trainable.to_str(pretty=True).encode())
     return _load_file(out)
 
 
@@ -625,8 +626,8 @@ def write_transformers_files(tokenizer: Tokenizer, folder: Path) -> None:
         "clean_up_tokenization_spaces": False,
         "split_special_tokens": True,
     }
-    write_durably(folder / "tokenizer.json", json.dumps(values, ensure_ascii=False).encode())
-    write_durably(folder / "tokenizer_config.json", (json.dumps(config, indent=2) + "\n").encode())
+    replace_file(folder / "tokenizer.json", json.dumps(values, ensure_ascii=False).encode())
+    replace_file(folder / "tokenizer_config.json", (json.dumps(config, indent=2) + "\n").encode())
 
 
 def _merges(tokenizer: Tokenizer) -> list[list[str]]:

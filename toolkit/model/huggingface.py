@@ -10,7 +10,7 @@ import logging
 import os
 import re
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +20,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from toolkit.config import GPT2Config
-from toolkit.disk import sync_folder
+from toolkit.disk import replace_file, sync_folder
 from toolkit.errors import UserError
 from toolkit.failpoint import failpoint
 from toolkit.model.gpt2 import GPT2, LAYER_NORM_EPSILON, TOKEN_EMBEDDING, canonical_shapes, load_canonical
+from toolkit.strict_json import parse_object
 
 logger = logging.getLogger(__name__)
 
@@ -237,19 +238,9 @@ def _read_json(path: Path, max_bytes: int) -> dict[str, Any]:
 
 def _parse_json(data: bytes, path: Path) -> dict[str, Any]:
     try:
-        values = json.loads(data, object_pairs_hook=_unique_keys)
-    except (ValueError, RecursionError) as error:  # UnicodeDecodeError and JSONDecodeError are ValueErrors
-        raise UserError(f"{path} is not valid JSON ({str(error)[:80]}); fetch or copy it again") from None
-    if not isinstance(values, dict):
-        raise UserError(f"{path} does not hold a JSON object; fetch or copy it again")
-    return values
-
-
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    values = dict(pairs)
-    if len(values) != len(pairs):
-        raise ValueError("a key is there twice")
-    return values
+        return parse_object(data)
+    except ValueError as error:
+        raise UserError(f"{path} {error}; fetch or copy it again") from None
 
 
 def _local_folder(source: str) -> Path:
@@ -277,31 +268,16 @@ def save_weights(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Writes a safetensors file that `transformers` reads: complete and on the disk, or absent."""
     temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
     contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
-
-    def write() -> None:
+    try:
         temporary.touch(exist_ok=True)
         mode = temporary.stat().st_mode  # the umask's; safetensors' own is 0600 whatever the umask
-        save_file(contiguous, temporary, metadata={"format": "pt"})
-        temporary.chmod(mode)
-
-    _write_whole(path, temporary, write)
-
-
-def _write_json(path: Path, values: Mapping[str, Any]) -> None:
-    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
-    text = json.dumps(values, indent=2, allow_nan=False) + "\n"
-    _write_whole(path, temporary, lambda: temporary.write_text(text, encoding="utf-8"))
-
-
-def _write_whole(path: Path, temporary: Path, write: Callable[[], object]) -> None:
-    """Runs `write`, which fills `temporary`, and gives the result its final name once it is on the disk."""
-    try:
         try:
-            write()
+            save_file(contiguous, temporary, metadata={"format": "pt"})
         except SafetensorError as error:  # an operating system error in disguise: no space, no permission
             raise UserError(
                 f"{path} could not be written ({error}); free some space or choose another folder"
             ) from None
+        temporary.chmod(mode)
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
         failpoint("huggingface.before-rename")
@@ -309,6 +285,10 @@ def _write_whole(path: Path, temporary: Path, write: Callable[[], object]) -> No
         sync_folder(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _write_json(path: Path, values: Mapping[str, Any]) -> None:
+    replace_file(path, (json.dumps(values, indent=2, allow_nan=False) + "\n").encode())
 
 
 def load_model(folder: Path, *, device: str | torch.device = "cpu") -> GPT2:

@@ -26,7 +26,7 @@ from typing import Any, TypeVar
 import torch
 
 from toolkit.config import CheckpointConfig
-from toolkit.disk import sync_folder
+from toolkit.disk import sync_folder, write_new_file
 from toolkit.errors import UserError, describe_os_error
 from toolkit.failpoint import failpoint
 from toolkit.training.files import (
@@ -39,7 +39,6 @@ from toolkit.training.files import (
     render_json,
     sealed,
     stream_sha256,
-    write_new_file,
 )
 from toolkit.training.tensor_file import TensorFileImage, read_header, read_tensors, whole_numbers
 

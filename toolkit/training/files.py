@@ -1,7 +1,7 @@
-"""Small files of a run -> disk and back: JSON that is strict both ways, durable writes, bounded reads.
+"""Small files of a run: JSON that is strict both ways, bounded reads.
 
-Guarantees: a write is on disk when it returns; a read opens regular files of a bounded size only and gives back either
-what was written or a `DamagedFileError`. Nothing here knows what the files mean.
+Guarantees: a read opens regular files of a bounded size only and gives back either what was written or a
+`DamagedFileError`. Does not: write (`disk`); nothing here knows what the files mean.
 """
 
 import errno
@@ -9,18 +9,16 @@ import hashlib
 import json
 import os
 import stat
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from toolkit.disk import sync_folder
+from toolkit.disk import CHUNK, sync_folder
 from toolkit.errors import UserError
-from toolkit.failpoint import failpoint
+from toolkit.strict_json import parse_object
 
 MAX_JSON_BYTES = 16 << 20  # of a JSON file that is parsed
-CHUNK = 16 << 20  # bytes per write and per read: large enough to cost no time, small enough to overlap with hashing
-BEHIND = 64 << 20  # bytes that the disk may lag behind before they are dropped from memory
 
 
 class DamagedFileError(UserError):
@@ -38,35 +36,9 @@ def parse_json(data: bytes, *, where: str) -> dict[str, Any]:
     Raises: DamagedFileError for anything else: a key given twice, NaN, nesting without end, other encodings.
     """
     try:
-        values = json.loads(
-            data.decode("utf-8"),
-            object_pairs_hook=_unique_keys,
-            parse_constant=_refuse_constant,
-            parse_float=_finite_float,
-        )
-    except (ValueError, RecursionError) as error:  # JSONDecodeError and UnicodeDecodeError are ValueErrors
-        raise DamagedFileError(f"{where} is not valid JSON ({' '.join(str(error).split())[:120]})") from None
-    if not isinstance(values, dict):
-        raise DamagedFileError(f"{where} does not hold a JSON object")
-    return values
-
-
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    values = dict(pairs)
-    if len(values) != len(pairs):
-        raise ValueError("a key is given twice")
-    return values
-
-
-def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is not JSON")
-
-
-def _finite_float(text: str) -> float:
-    value = float(text)
-    if value in (float("inf"), float("-inf")):
-        raise ValueError(f"{text[:20]} is too large")
-    return value
+        return parse_object(data)
+    except ValueError as error:
+        raise DamagedFileError(f"{where} {error}") from None
 
 
 def sealed(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -85,59 +57,6 @@ def is_as_sealed(values: Mapping[str, Any], data: bytes) -> bool:
         return render_json(sealed(values)) == data
     except (ValueError, RecursionError):  # nested too deeply to be written again
         return False
-
-
-def write_new_file(path: Path, pieces: Sequence[memoryview], *, half_way: str | None = None) -> None:
-    """Writes a file that does not exist yet and fsyncs it; its mode is 0666 without the umask's bits.
-
-    `half_way` names a failure point that is passed when half of the bytes are written.
-    """
-    middle = sum(map(len, pieces)) // 2
-    written = 0
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
-    try:
-        for piece in pieces:
-            position = 0
-            while position < len(piece):
-                if half_way and written >= middle:
-                    failpoint(half_way)
-                    half_way = None
-                most = min(CHUNK, middle - written) if half_way else CHUNK
-                count = os.write(descriptor, piece[position : position + most])
-                position, written = position + count, written + count
-                _start_writing_back(descriptor, written)
-        os.fsync(descriptor)
-    except OSError as error:
-        error.filename = error.filename or str(path)
-        raise
-    finally:
-        os.close(descriptor)
-
-
-def _start_writing_back(descriptor: int, written: int) -> None:
-    """Has the disk work while the next bytes are prepared, and memory freed of bytes that are on disk already.
-
-    Why: the fsync at the end then has almost nothing left to wait for, and a checkpoint does not push the training
-    data out of the page cache. DONTNEED starts writing what is dirty and drops what is clean, so that the second call
-    for the same bytes, `BEHIND` later, frees them. Source: Linux, mm/fadvise.c.
-    """
-    if hasattr(os, "posix_fadvise") and written >= CHUNK:
-        start = max(0, written - CHUNK - BEHIND)
-        os.posix_fadvise(descriptor, start, written - start, os.POSIX_FADV_DONTNEED)
-
-
-def replace_file(path: Path, data: bytes) -> None:
-    """Puts a file in place as a whole: whoever reads `path`, at any time, sees the old content or the new."""
-    temporary = path.with_name(f".{path.name}.tmp")  # one name, so that what a killed process left goes away
-    try:
-        temporary.unlink(missing_ok=True)
-        write_new_file(temporary, [memoryview(data)])
-        failpoint("files.before-replace")
-        temporary.replace(path)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise
-    sync_folder(path.parent)
 
 
 def set_aside(path: Path) -> Path:

@@ -19,11 +19,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from toolkit.disk import sync_folder
+from toolkit.disk import replace_file, sync_folder
 from toolkit.errors import UserError, describe_os_error
 from toolkit.failpoint import failpoint
 from toolkit.redact import redact
-from toolkit.training.files import parse_json, replace_file, set_aside
+from toolkit.training.files import parse_json, set_aside
 
 LogName = Literal["metrics", "samples", "ledger"]
 LOG_NAMES: tuple[LogName, ...] = ("metrics", "samples", "ledger")

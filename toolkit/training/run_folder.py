@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from toolkit.config import MAY_CHANGE_ON_RESUME, PATHS, TrainConfig, differences, from_dict, to_dict
-from toolkit.disk import sync_folder
+from toolkit.disk import replace_file, sync_folder
 from toolkit.errors import UserError, describe_os_error
 from toolkit.failpoint import failpoint
 from toolkit.redact import redact
@@ -43,7 +43,6 @@ from toolkit.training.files import (
     parse_json,
     read_bounded,
     render_json,
-    replace_file,
     sealed,
     set_aside,
 )

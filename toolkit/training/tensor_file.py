@@ -22,7 +22,8 @@ from typing import Any
 
 import torch
 
-from toolkit.training.files import CHUNK, DamagedFileError, parse_json
+from toolkit.disk import CHUNK
+from toolkit.training.files import DamagedFileError, parse_json
 
 logger = logging.getLogger(__name__)
 
