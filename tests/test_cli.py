@@ -150,7 +150,10 @@ def test_export_is_what_transformers_pipelines_run(
 def test_verify_checks_runs_checkpoints_and_data(
     run: Path, data_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert call(capsys, "verify", str(run)).count(": ok") == 2
+    both = call(capsys, "verify", str(run))
+    assert both.count(": ok") == 2
+    assert call(capsys, "verify", str(run / "checkpoints")) == both
+    assert call(capsys, "verify", str(run / "checkpoints" / "step-00000004")) in both
     assert "ok" in call(capsys, "verify", str(data_dir))
     weights = run / "checkpoints" / "step-00000004" / "model.safetensors"
     content = bytearray(weights.read_bytes())

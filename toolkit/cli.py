@@ -95,23 +95,32 @@ def verify(where: Positional[str], /) -> None:
     path = Path(where)
     if not path.is_dir():
         raise UserError(f"there is no folder {path}; give a prepared data set, a checkpoint or a run")
-    if (path / "checkpoints").is_dir() or (path / "model.safetensors").exists() or (path / "state.json").exists():
-        _verify_checkpoints(path)
-        return
-    from toolkit.data.shards import verify_data
+    from toolkit.training.checkpoint import steps_in
 
-    _print_lines(verify_data(path))
+    if (path / "model.safetensors").exists() or (path / "state.json").exists():
+        _verify_checkpoints(path, [path])
+    elif (path / "checkpoints").is_dir():
+        _verify_checkpoints(path, _checkpoints_in(path / "checkpoints"))
+    elif steps_in(path):
+        _verify_checkpoints(path, _checkpoints_in(path))
+    else:
+        from toolkit.data.shards import verify_data
+
+        _print_lines(verify_data(path))
 
 
-def _verify_checkpoints(path: Path) -> None:
-    from toolkit.training.checkpoint import step_name, steps_in, verify_checkpoint
+def _checkpoints_in(folder: Path) -> list[Path]:
+    from toolkit.training.checkpoint import step_name, steps_in
 
-    folders = [path]
-    if (path / "checkpoints").is_dir():
-        folders = [path / "checkpoints" / step_name(step) for step in sorted(steps_in(path / "checkpoints"))]
-        if not folders:
-            raise UserError(f"{path} has no checkpoint yet; train until the first one (--training.checkpoint-every)")
-    elif _is_exported(path):
+    return [folder / step_name(step) for step in steps_in(folder)]
+
+
+def _verify_checkpoints(path: Path, folders: Sequence[Path]) -> None:
+    from toolkit.training.checkpoint import verify_checkpoint
+
+    if not folders:
+        raise UserError(f"{path} has no checkpoint yet; train until the first one (--training.checkpoint-every)")
+    if _is_exported(path):
         raise UserError(
             f"{path} is an exported model, which names no hashes; verify the checkpoint that it was made from"
         )

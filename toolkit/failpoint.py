@@ -28,7 +28,8 @@ def failpoint(name: str) -> None:
 
 def is_set(name: str) -> bool:
     """True if the environment names this point."""
-    return name in os.environ.get(VARIABLE, "")
+    points = [setting.partition("=")[0] for setting in os.environ.get(VARIABLE, "").split(";")]
+    return name in [point.partition("#")[0].strip() for point in points]
 
 
 def _act(name: str, settings: str) -> None:

@@ -67,11 +67,6 @@ class Tokenizer:
         ids: list[int] = self.encode_to_numpy(text).tolist()
         return ids
 
-    def encode_document(self, text: str) -> Ids:
-        """A document as it stands in a shard: end-of-text, then the ids of the text; uint16 or uint32."""
-        dtype = token_dtype(self.vocab_size)
-        return np.concatenate([np.array([self.eot_id], dtype), self.encode_to_numpy(text).astype(dtype)])
-
     def encode_to_numpy(self, text: str) -> Ids:
         """The ids of a text of any length as unsigned integers, without a Python list of them."""
         if self.name == "bytes":
