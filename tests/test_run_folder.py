@@ -46,10 +46,12 @@ OTHER_STEPS = dataclasses.replace(CONFIG, training=TrainingConfig(max_steps=20))
 def started(
     path: Path, config: TrainConfig = CONFIG, layout: dict[str, Any] = LAYOUT, argv: tuple[str, ...] = ("train.py",)
 ) -> Iterator[tuple[RunFolder, Opened]]:
-    """A folder, locked and opened as a start of the run does it."""
+    """A folder, locked, opened and written to as a start of the run does it."""
     folder = RunFolder(path)
     try:
-        yield folder, folder.open(config, data_fingerprint="f" * 64, layout=layout, argv=argv)
+        opened = folder.open(config, data_fingerprint="f" * 64, layout=layout, argv=argv)
+        folder.record()
+        yield folder, opened
     finally:
         folder.close()
 

@@ -274,9 +274,12 @@ class Buffered(GPT2):
         ),
         (
             lambda config: GPT2(config, seed=1).bfloat16(),
-            r"it has wte\.weight in torch\.bfloat16, not torch\.float32, .*, and \d+ more",
+            r"GPT2 has wte\.weight in torch\.bfloat16, but weights are trained in torch\.float32, .*model\.float\(\)$",
         ),
-        (lambda config: GPT2(dataclasses.replace(config, n_head=4), seed=1), "it has n_head=4, not 2;"),
+        (
+            lambda config: GPT2(dataclasses.replace(config, n_head=4), seed=1),
+            r"GPT2 has n_head=4 and the recipe model\.n_head=2; make it from",
+        ),
         (lambda config: Buffered(config, seed=1), "it has count; .*register buffers with persistent=False"),
         (lambda config: nn.Linear(2, 2), r"it has no GPT2Config as its config, has weight, has bias, and \d+ more"),
         (lambda config: GPT2(dataclasses.replace(config, n_layer=1), seed=1), r"it lacks h\.1\.ln_1\.weight"),
@@ -445,7 +448,9 @@ def test_signals_are_as_before_after_a_trainer_that_resumed_twice(tiny: TrainCon
 
 def test_another_precision_in_one_process_is_refused_in_one_line(fit: Fit, tiny: TrainConfig, tmp_path: Path) -> None:
     fit(change(tiny, training={"max_steps": 1}))
-    with pytest.raises(UserError, match=r"has trained in another precision than bf16 already, .*start another process"):
+    with pytest.raises(
+        UserError, match=r"was set up with another precision than bf16 in this process already, .*start another process"
+    ):
         Trainer(change(tiny, run={"dir": str(tmp_path / "other")}, training={"precision": "bf16"}))
 
 
@@ -698,19 +703,26 @@ def test_what_is_tried_before_the_first_step_meets_the_memory_of_a_step(
 
 @pytest.mark.parametrize("what", ["the weights", "the optimizer's moments"])
 def test_a_device_too_small_for_what_lives_as_long_as_the_run_is_told_in_one_line(
-    tiny: TrainConfig, monkeypatch: pytest.MonkeyPatch, what: str
+    fit: Fit, tiny: TrainConfig, monkeypatch: pytest.MonkeyPatch, what: str
 ) -> None:
+    folder = Path(tiny.run.dir)
+
     def refuse(*_: object) -> None:
         raise torch.OutOfMemoryError("pretended")
 
-    if what == "the weights":
-        monkeypatch.setattr(GPT2, "to", refuse)
-    else:
-        monkeypatch.setattr(trainer_module, "allocate_state", refuse)
-    said = f"no memory left for {what}; weights, gradients and moments take 0.00 GiB"
-    with pytest.raises(UserError, match=said), Trainer(tiny) as trainer:
-        trainer.fit()
-    status = json.loads((Path(tiny.run.dir) / "status.json").read_text())
+    def start() -> None:
+        where: tuple[Any, str] = (GPT2, "to") if what == "the weights" else (trainer_module, "allocate_state")
+        said = f"no memory left for {what}; weights, gradients and moments take 0.00 GiB"
+        with monkeypatch.context() as patch:
+            patch.setattr(*where, refuse)
+            with pytest.raises(UserError, match=said), Trainer(tiny) as trainer:
+                trainer.fit()
+
+    start()
+    assert [path.name for path in folder.iterdir()] == ["run.lock"]  # no run has begun: other settings may be tried
+    fit(change(tiny, training={"max_steps": 2}))
+    start()
+    status = json.loads((folder / "status.json").read_text())
     assert status["status"] == "failed"
     assert what in status["reason"]
 

@@ -373,8 +373,8 @@ def _recipe(source: Path | None, flags: Sequence[str]) -> TrainConfig:
 
 def _run_recipe(source: Path) -> dict[str, Any]:
     """What a recipe file defines; it is not __main__, so nothing is trained. As a program it finds modules beside it."""
-    beside = str(source.resolve().parent)
-    sys.path.insert(0, beside)
+    before = list(sys.path)
+    sys.path.insert(0, str(source.resolve().parent))
     try:
         return runpy.run_path(str(source), run_name="recipe")
     except UserError:
@@ -390,7 +390,7 @@ def _run_recipe(source: Path) -> dict[str, Any]:
             f"{source} cannot be read as a recipe: {reason}; it has to run by itself and define CONFIG"
         ) from None
     finally:
-        sys.path.remove(beside)
+        sys.path[:] = before
 
 
 def _split_flags(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -480,9 +480,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _refuse_empty(arguments: Sequence[str]) -> None:
     """Raises UserError for an empty argument, which as a path would be the current folder; a prompt may be empty."""
     prompt = 2 if arguments[:1] == ["generate"] else len(arguments)
-    for index, word in enumerate(arguments[:prompt]):
-        if not word or (word.startswith("--") and word.endswith("=")):
-            which = word or f"after {['toolkit', *arguments][index]}"
+    for before, word in zip(["toolkit", *arguments], arguments[:prompt], strict=False):
+        flag, equals, value = word.partition("=")
+        empty = not word or (flag.startswith("--") and equals and not value)
+        if empty and "--sampling.prompt" not in (before, flag):
+            which = word or f"after {before}"
             raise UserError(
                 f"an argument {which} is empty; name a path (is a variable of the shell not set?), or . for this folder"
             )

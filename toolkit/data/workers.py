@@ -137,6 +137,19 @@ def _parts_of(answers: "queue.Queue[_Answer]", counts: Counts) -> Iterator[Part]
             raise answer
 
 
+@contextlib.contextmanager
+def _without_interrupts() -> Iterator[None]:
+    """Blocks SIGINT in this thread and in what it starts; systems that cannot block signals are left to themselves."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 class _Worker:
     """One worker process as the parent sees it."""
 
@@ -145,8 +158,7 @@ class _Worker:
         environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
         # Ctrl-C, which reaches all processes of a terminal, is the parent's affair; the end of its input ends this one. So it
         # is blocked from the worker's first moment on, and in this process until then.
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-        try:
+        with _without_interrupts():
             self._process = subprocess.Popen(
                 [sys.executable, "-P", "-c", "from toolkit.data.tokenizing import serve; serve()"],
                 stdin=subprocess.PIPE,
@@ -154,8 +166,6 @@ class _Worker:
                 env=environment,
                 bufsize=0,
             )
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
         self._sending = threading.Lock()
         self._answering = threading.Condition()
         self._asked = self._answered = 0

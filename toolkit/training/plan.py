@@ -141,7 +141,13 @@ class Plan:
             f"{self.grad_accum_steps} accumulation steps x {self.num_processes} {'process' if self.num_processes == 1 else 'processes'}"
         ]
         stated = self.stated_micro_batch_size
-        if isinstance(stated, int) and stated > self.micro_batch_size:
+        windows = self.tokens_per_step // self.sequence_length
+        if isinstance(stated, int) and windows % (stated * self.num_processes):
+            lines.append(
+                f"           the recipe's micro_batch_size {stated} makes no whole step of {windows} windows; use "
+                f"{self.micro_batch_size}"
+            )
+        elif isinstance(stated, int) and stated > self.micro_batch_size:
             lines.append(f"           the recipe's micro_batch_size {stated} does not fit; use {self.micro_batch_size}")
         elif isinstance(stated, int) and stated < self.micro_batch_size:
             lines.append(f"           the recipe's micro_batch_size {stated} fits too")

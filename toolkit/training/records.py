@@ -18,7 +18,7 @@ from toolkit.config import TrainConfig, differences, load_recipe, to_dict
 from toolkit.errors import UserError, describe_os_error
 from toolkit.training import checkpoint
 from toolkit.training.metrics import LogName, RunLog, log_path, read_rows
-from toolkit.training.run_folder import RECIPE, RunFolder
+from toolkit.training.run_folder import RECIPE, RUN, RunFolder
 from toolkit.training.wandb_mirror import WandbMirror
 
 logger = logging.getLogger(__name__)
@@ -40,6 +40,7 @@ class RunRecords:
         self.log = RunLog(self.folder.path)
         self.wandb = WandbMirror(config.wandb)
         self._in_flight: int | None = None  # the step of a save in the background
+        self._begun = False
         self._ended: Literal["finished", "preempted"] | None = None
         try:
             before = self.folder.status() or {}
@@ -50,8 +51,6 @@ class RunRecords:
                 argv=sys.argv,
                 last_logged_step=self.log.last_step(),
             )
-            for line in opened.lines:
-                logger.info(line)
             newest = opened.resolved.path
             self._loaded = opened.loaded
             self.writer = checkpoint.CheckpointWriter(
@@ -62,6 +61,8 @@ class RunRecords:
             self.start = newest or self._other_run()
             if self.start is not None:
                 self._refuse_other_data(self.start, data_fingerprint)
+            for line in opened.lines:  # of a start that is not refused
+                logger.info(line)
             step = checkpoint.step_of(newest.name) if newest is not None else None
             self.finished_at = step if before.get("status") == "finished" else None
         except BaseException:
@@ -73,6 +74,12 @@ class RunRecords:
         if self._branched_from is None:
             return None
         start = checkpoint.find_checkpoint(Path(self._branched_from))
+        step = checkpoint.read_manifest(start)["step"]
+        if step >= self.config.training.max_steps:
+            raise UserError(
+                f"{start} is at step {step}, and training.max_steps={self.config.training.max_steps} leaves nothing to do; raise "
+                "--training.max-steps"
+            )
         if (start / RECIPE).exists():
             self._refuse_other_counts(start)
         return start
@@ -105,7 +112,7 @@ class RunRecords:
         return found if found is not None and found.path == path else checkpoint.load(path)
 
     def begin(self, step: int, *, evaluation_due: bool = False, sampling_due: bool = False) -> None:
-        """Brings the logs back to the step that the run starts from, and starts the W&B mirror.
+        """Records this start, brings the logs back to the step that the run starts from, and starts the W&B mirror.
 
         What is still due at that step will be written, so that rows of it from an earlier attempt are dropped.
         """
@@ -114,6 +121,9 @@ class RunRecords:
             due = (sampling_due and name == "samples") or (evaluation_due and name == "metrics" and "loss/val" in row)
             return due and row["step"] == step
 
+        if not self._begun:
+            self.folder.record()
+            self._begun = True
         first = 1 if self._branched_from is None else None  # a branch begins where its first start began
         for line in self.log.truncate_after(step, first=first, again=again):
             logger.info(line)
@@ -236,7 +246,8 @@ class RunRecords:
             ):  # saved, though the run has failed since
                 self._note_complete_save()
             self.log.close()
-            if failure is not None and self._ended is None:
+            has_run = self._begun or (self.folder.path / RUN).exists()  # else the folder is left as it was: free for any
+            if failure is not None and has_run and self._ended is None:
                 self.folder.set_status("failed", step=step, reason=failure)
         except OSError as error:  # the disk that made the run fail cannot take the status either
             logger.error("status.json could not be written: %s", describe_os_error(error))

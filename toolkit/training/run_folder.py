@@ -101,6 +101,7 @@ class RunFolder:
         self.run: dict[str, Any] = {}
         self.saved_step: int | None = None  # of the newest checkpoint that is complete, for status.json
         self._copies: dict[str, bytes] = {}
+        self._start: dict[str, Any] = {}  # this start, as run.json will have it
         self._lines: list[str] = []
         self._lock: int | None = None
         try:
@@ -127,7 +128,7 @@ class RunFolder:
         argv: Sequence[str] = (),
         last_logged_step: int = 0,
     ) -> Opened:
-        """Cleans up after a start that died, finds the newest checkpoint, and records this start.
+        """Cleans up after a start that died, finds the newest checkpoint, and gets ready to `record` this start.
 
         `last_logged_step` is how far the logs say that the run has come: steps beyond the checkpoint are done again.
         Raises: UserError if all checkpoints are damaged, or the settings differ in what may not change.
@@ -144,6 +145,7 @@ class RunFolder:
             self._put_aside_what_is_no_status()
             if resolved.path is None:
                 self._refuse_lost_checkpoints()
+                self._tell_other_data(data_fingerprint)
             before = self._read_recipe(resolved.path, is_new=is_new)
             if before is not None and recipe.run.resume_from is None:  # a branch stays one
                 recipe = replace(recipe, run=replace(recipe.run, resume_from=before.run.resume_from))
@@ -153,11 +155,41 @@ class RunFolder:
                 manifest = read_manifest(resolved.path)
                 resumed_from = manifest["step"]
                 self._lines += _layout_changes(manifest["layout"], layout)
-            self._record(recipe, changed, resumed_from, data_fingerprint, layout, argv, last_logged_step)
+            self._copies = {RECIPE: render_json(to_dict(recipe))}
+            self._start = {
+                "time": _now(),
+                "command": shlex.join(argv),
+                "host": socket.gethostname(),
+                "pid": os.getpid(),
+                "resumed_from": resumed_from,
+                "last_logged_step": last_logged_step,
+                "changed": changed,
+                "data_fingerprint": data_fingerprint,
+                "layout": dict(layout),
+                "recipe_sha256": hashlib.sha256(self._copies[RECIPE]).hexdigest(),
+            }
         except OSError as error:
             raise UserError(f"the run folder {self.path} cannot be used: {describe_os_error(error)}") from None
         lines, self._lines = self._lines, []
         return Opened(resolved, is_new, lines, loaded, recipe.run.resume_from)
+
+    def record(self) -> None:
+        """Adds this start to run.json, then writes recipe.json; both stay in memory for the checkpoints' copies.
+
+        Why not in `open`: a start that is refused for what only later comes to light leaves the run as it was.
+        Raises: UserError if the folder cannot be written.
+        """
+        starts = [*self.run["starts"], redact(self._start)]
+        self.run = sealed({**self.run, "starts": starts[:1] + starts[1:][-(MAX_STARTS - 1) :]})
+        self._copies[RUN] = render_json(self.run)
+        try:
+            failpoint("run_folder.before-run")
+            replace_file(self.path / RUN, self._copies[RUN])
+            failpoint("run_folder.after-run")
+            replace_file(self.path / RECIPE, self._copies[RECIPE])
+            failpoint("run_folder.after-recipe")
+        except OSError as error:
+            raise UserError(f"the run folder {self.path} cannot be used: {describe_os_error(error)}") from None
 
     def copies(self) -> dict[str, bytes]:
         """run.json and recipe.json as they should be on disk: every checkpoint carries them."""
@@ -303,6 +335,15 @@ class RunFolder:
                 "in another --run.dir"
             )
 
+    def _tell_other_data(self, data_fingerprint: str) -> None:
+        """Says where a run that begins anew, for want of a checkpoint, does so with other data than before."""
+        before = str(self.run["starts"][-1].get("data_fingerprint", "")) if self.run["starts"] else ""
+        if before not in ("", data_fingerprint):
+            self._lines.append(
+                f"there is no checkpoint yet and the data have changed since the start before (fingerprint {before[:12]} -> "
+                f"{data_fingerprint[:12]}): the run begins anew with them"
+            )
+
     def _compare(self, old: TrainConfig | None, new: TrainConfig) -> dict[str, list[Any]]:
         """Settings that differ from the start before and may. Raises: UserError with a table of those that may not."""
         changed = differences(old, new) if old is not None else []
@@ -317,39 +358,6 @@ class RunFolder:
             )
         self._lines += [f"changed since the start before: {name} {a!r} -> {b!r}" for name, a, b in changed]
         return {name: [a, b] for name, a, b in changed}
-
-    def _record(
-        self,
-        recipe: TrainConfig,
-        changed: Mapping[str, Any],
-        resumed_from: int | None,
-        data_fingerprint: str,
-        layout: Mapping[str, Any],
-        argv: Sequence[str],
-        last_logged_step: int,
-    ) -> None:
-        """Adds this start to run.json, then writes recipe.json; both stay in memory for the checkpoints' copies."""
-        recipe_bytes = render_json(to_dict(recipe))
-        start = {
-            "time": _now(),
-            "command": shlex.join(argv),
-            "host": socket.gethostname(),
-            "pid": os.getpid(),
-            "resumed_from": resumed_from,
-            "last_logged_step": last_logged_step,
-            "changed": dict(changed),
-            "data_fingerprint": data_fingerprint,
-            "layout": dict(layout),
-            "recipe_sha256": hashlib.sha256(recipe_bytes).hexdigest(),
-        }
-        starts = [*self.run["starts"], redact(start)]
-        self.run = sealed({**self.run, "starts": starts[:1] + starts[1:][-(MAX_STARTS - 1) :]})
-        self._copies = {RUN: render_json(self.run), RECIPE: recipe_bytes}
-        failpoint("run_folder.before-run")
-        replace_file(self.path / RUN, self._copies[RUN])
-        failpoint("run_folder.after-run")
-        replace_file(self.path / RECIPE, self._copies[RECIPE])
-        failpoint("run_folder.after-recipe")
 
 
 _registered = False

@@ -142,7 +142,10 @@ class _Signals:
         for number, handler in self._previous.items():
             signal.signal(number, handler if handler is not None else signal.SIG_DFL)
         self._previous.clear()
-        signal.set_wakeup_fd(self._previous_wakeup)
+        try:
+            signal.set_wakeup_fd(self._previous_wakeup)
+        except (ValueError, OSError):  # whose it was (an event loop's, say) has closed it meanwhile
+            signal.set_wakeup_fd(-1)
         if self._pipe is not None:
             os.close(self._pipe)
             self._pipe = None

@@ -101,6 +101,7 @@ SIGNS_OF_A_LOST_PEER = (
     "Connection closed by peer",
     "Connection reset by peer",
     "Connection refused",
+    "Timed out waiting",
     "ncclRemoteError",
 )
 
@@ -169,10 +170,13 @@ class Trainer:
         self.last_loss: float | None = None  # the latest validation's, if it was finite
         self.spikes = SpikeDetector(z_score=config.training.spike_z_score)
         self._rewound_to: Counter[str] = Counter()  # how often this start went back to each checkpoint
+        self._told_to_stop = False  # by all processes together, in a step or an evaluation
         self._first_step: int | None = None  # what `step` will be after this start's first; None: before `resume`
 
         try:
+            self.watchdog.feed()
             self._prepare(model, optimizer)
+            self.watchdog.stop()  # nobody knows when its user will go on
         except BaseException as error:
             self._fail(error)
             raise
@@ -248,6 +252,7 @@ class Trainer:
         self.position += self.samples_per_step
         self.skipped_in_a_row = 0 if facts.finite else self.skipped_in_a_row + 1
         self.skipped_steps += not facts.finite
+        self._told_to_stop |= facts.stop
         self.watchdog.feed()
         return StepResult(
             step=self.step,
@@ -379,6 +384,7 @@ class Trainer:
                     should_stop=self._anyone_wants_to_stop,
                 )
             if result is None:
+                self._told_to_stop = True
                 return None
             losses.append((data_set.weight, result.loss, result.bits_per_byte))
             if len(self.data.sets) > 1:
@@ -511,6 +517,7 @@ class Trainer:
 
     def resume(self) -> None:
         """Brings the run to the newest valid checkpoint, or to step 0, and gets everything ready for `train_step`."""
+        self.watchdog.feed()
         self._load(self._start)
         with self.processes.together(), self._naming_missing_memory("the optimizer's moments"):
             allocate_state(self.raw_optimizer)
@@ -521,7 +528,10 @@ class Trainer:
         self._start_loader()
         self._report_start()
         if not self.stop_requests.listen():
-            self._say("this is not the program's main thread: a signal ends it at once, without a checkpoint")
+            self._say(
+                "this is not the program's main thread: no signal reaches this run, and one that ends the program ends it "
+                "without a checkpoint"
+            )
         self.watchdog.feed()
         self._first_step = self.step + 1
         self._keep_what_exists()
@@ -533,6 +543,7 @@ class Trainer:
         False, and said aloud, if there is none to go back to.
         Raises: UserError where going back to the same checkpoint again and again has not helped.
         """
+        self._refuse_before_resume()
         with self.processes.together():
             path = ""
             if self.records is not None:
@@ -575,7 +586,10 @@ class Trainer:
                 self.records.finish("preempted" if stopped else "finished", step=self.step, reason=reason)
                 saved_step = self.records.folder.saved_step
         if stopped:
-            self._say(f"stopped at step {self.step} ({self._stop_reason()}); the same command continues from there")
+            goes_on = "continues from there"
+            if saved_step != self.step:
+                goes_on = "begins anew" if saved_step is None else f"continues from step {saved_step}"
+            self._say(f"stopped at step {self.step} ({self._stop_reason()}); the same command {goes_on}")
             return
         if self.records is not None:
             for line in self.records.curve():
@@ -698,7 +712,8 @@ class Trainer:
             different = [
                 f"{name}={here!r} instead of {there!r}"
                 for name, there, here in found
-                if name not in MAY_DIFFER_BETWEEN_MACHINES
+                # The weights may lie elsewhere on each machine, but all or none begin with them.
+                if name not in MAY_DIFFER_BETWEEN_MACHINES or (name == "model.init_from" and None in (there, here))
             ]
             if different:
                 raise UserError(
@@ -867,11 +882,14 @@ class Trainer:
             self.accelerator.scaler.load_state_dict(state["scaler"])
 
     def _made_up(self) -> bool:
-        """Does what a stop request had left out at this step; False if another request cuts it short again."""
+        """Does what a stop request had left out at this step, and saves it with it; False if another cuts it short again."""
+        if not self.evaluation_due and not self.sampling_due:
+            return True
         if self.evaluation_due and self.evaluate() is None:
             return False
         if self.sampling_due:
             self.sample()
+        self.save(blocking=False)  # in place of the one that knows of neither, nor of its validation loss
         return True
 
     def _refuse_broken_weights(self) -> None:
@@ -1020,8 +1038,9 @@ class Trainer:
     def _stop_reason(self) -> str:
         if self._time_is_up():
             return f"training.max_hours={self.config.training.max_hours} is over"
-        alone = self.processes.count == 1
-        return self.stop_requests.reason or ("the loop ended early" if alone else "another process was asked to stop")
+        return self.stop_requests.reason or (
+            "another process was asked to stop" if self._told_to_stop else "the loop ended early"
+        )
 
     def _say(self, line: str) -> None:
         """One line for the user, above the progress bar."""
@@ -1076,15 +1095,22 @@ def _refuse_unsavable(model: nn.Module, config: GPT2Config) -> None:
     problems += [f"has {name}" for name in unknown] + [f"lacks {name}" for name in missing]
     shapes = canonical_shapes(config)
     problems += [f"has {name} of shape {tuple(tensors[name].shape)}, not {shapes[name]}" for name in misshapen]
-    if isinstance(own, GPT2Config) and own.n_head != config.n_head:  # which no shape shows
-        problems.append(f"has n_head={own.n_head}, not {config.n_head}")
-    narrow = [(name, p.dtype) for name, p in model.named_parameters() if p.dtype != torch.float32]
-    problems += [f"has {name} in {dtype}, not torch.float32" for name, dtype in narrow]
     if problems:
         more = f", and {len(problems) - 3} more" if len(problems) > 3 else ""
         raise UserError(
             f"{type(model).__name__} is not the GPT-2 of model.* that checkpoints hold: it {', '.join(problems[:3])}{more}; "
             "subclass GPT2 without other parameters, and register buffers with persistent=False"
+        )
+    if isinstance(own, GPT2Config) and own.n_head != config.n_head:  # which no shape shows
+        raise UserError(
+            f"{type(model).__name__} has n_head={own.n_head} and the recipe model.n_head={config.n_head}; make it from the "
+            "recipe's model settings"
+        )
+    narrow = [f"{name} in {p.dtype}" for name, p in model.named_parameters() if p.dtype != torch.float32]
+    if narrow:
+        raise UserError(
+            f"{type(model).__name__} has {narrow[0]}, but weights are trained in torch.float32, whatever the precision of "
+            "the products; hand over model.float()"
         )
 
 
@@ -1158,11 +1184,13 @@ def _accelerator(precision: Precision, *, watchdog_minutes: float) -> Accelerato
                 DistributedDataParallelKwargs(gradient_as_bucket_view=True),
             ],
         )
+    except UserError:  # from our rendezvous
+        raise
     except ValueError as error:  # a variable that no launcher sets so
         if "already been initialized" in str(error):
             raise UserError(
-                f"this process has trained in another precision than {precision} already, and Accelerate keeps to the first; "
-                "start another process"
+                f"Accelerate was set up with another precision than {precision} in this process already, and keeps to the "
+                "first; start another process"
             ) from None
         reason = " ".join(str(error).split())
         raise UserError(
