@@ -17,6 +17,7 @@ from tests.support import ROOT, change, environment, flags, toolkit
 from toolkit.cli import main
 from toolkit.config import TrainConfig
 from toolkit.data import remote
+from toolkit.data.tokenizer import load_tokenizer, write_transformers_files
 from toolkit.errors import UserError
 from toolkit.training import checkpoint, resume_worker
 from toolkit.training import trainer as trainer_module
@@ -90,6 +91,30 @@ def test_a_model_without_its_tokenizer_is_refused(
     (exported / "tokenizer.json").unlink()
     said = "has a model of 257 ids and no tokenizer.json, which stands for GPT-2 with 50257; put the model's own"
     assert said in refusal(capsys, "generate", str(exported), "x")
+
+
+def test_a_model_whose_vocabulary_is_padded_is_used_with_its_tokenizer(
+    tiny: TrainConfig, fit: Callable[[TrainConfig], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As others write them: 50304 ids for GPT-2's 50257. Here all but the padding is as good as impossible."""
+    import transformers
+
+    shape = {"n_layer": 1, "n_head": 2, "n_embd": 32, "n_positions": 32}
+    theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config(vocab_size=320, **shape))
+    theirs.transformer.wte.weight.data[257:] *= 100
+    padded = tmp_path / "padded"
+    theirs.save_pretrained(padded)
+    write_transformers_files(load_tokenizer("bytes"), padded)
+    assert len(call(capsys, "generate", str(padded), "x", "--max-new-tokens", "9", "--temperature", "5")) > 1
+    assert "bits per byte" in call(capsys, "evaluate", str(padded), "--data.path", *tiny.data.path)
+    config = change(tiny, model={"n_layer": 1, "init_from": str(padded)}, training={"max_steps": 1})
+    tensors = checkpoint.load(fit(config) / "checkpoints" / "step-00000001").model
+    assert tensors["wte.weight"].shape == (257, 32)
+    assert torch.allclose(tensors["wte.weight"], theirs.transformer.wte.weight[:257], atol=0.1)
+    theirs.transformer.wte.weight.data[3, 3] = torch.nan
+    theirs.save_pretrained(padded)
+    said = f"error: {padded}/model.safetensors: transformer.wte.weight has values that are no finite numbers"
+    assert said in refusal(capsys, "generate", str(padded), "x")
 
 
 @pytest.mark.parametrize("flag", ["--micro-batch-size", "--max-tokens", "--sequence-length"])
@@ -168,6 +193,8 @@ def test_verify_checks_runs_checkpoints_and_data(
     shard.write_bytes(content)
     assert "train_000000.bin" in refusal(capsys, "verify", str(copy))
     assert "there is no folder" in refusal(capsys, "verify", str(tmp_path / "nothing"))
+    (tmp_path / "run.lock").touch()
+    assert f"error: {tmp_path} has no checkpoint yet; train until" in refusal(capsys, "verify", str(tmp_path))
 
 
 def test_audit_proves_or_names_the_step(
@@ -265,8 +292,10 @@ def test_a_recipe_finds_modules_beside_it_as_a_program_would(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     (tmp_path / "numbers_of_mine.py").write_text("from toolkit.config import TrainConfig\nCONFIG = TrainConfig()")
-    (tmp_path / "mine.py").write_text("from numbers_of_mine import CONFIG")
+    (tmp_path / "mine.py").write_text("import sys\nfrom numbers_of_mine import CONFIG\nsys.path.pop(0)")
+    before = list(sys.path)
     assert "124,439,808 parameters" in call(capsys, "plan", str(tmp_path / "mine.py"), "--device", "a100")
+    assert sys.path == before
 
 
 @pytest.mark.parametrize(
@@ -277,6 +306,8 @@ def test_a_recipe_finds_modules_beside_it_as_a_program_would(
         (["prepare", "stdlib", "--out="], "an argument --out= is empty"),
         (["verify", ""], "an argument after verify is empty"),
         (["generate", "", "prompt"], "an argument after generate is empty"),
+        (["plan", "--data.path", ""], "an argument after --data.path is empty"),
+        (["plan", "--run.dir="], "an argument --run.dir= is empty"),
     ],
 )
 def test_an_empty_path_is_refused_and_does_not_mean_the_current_folder(
@@ -289,6 +320,10 @@ def test_an_empty_path_is_refused_and_does_not_mean_the_current_folder(
 
 def test_a_prompt_may_be_empty(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert call(capsys, "generate", str(run), "", "--max-new-tokens", "3")
+    for prompt in (["--sampling.prompt", ""], ["--sampling.prompt="], ["--sampling.prompt=x ="]):
+        assert "124,439,808 parameters" in call(capsys, "plan", "--device", "a100", *prompt)
+    url = "https://host/x?sig=abc="  # ends in = and is not empty
+    assert "124,439,808 parameters" in call(capsys, "plan", "--device", "a100", f"--data.path={url}")
 
 
 def test_paths_that_are_something_else_are_told_what_they_are(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -298,22 +333,15 @@ def test_paths_that_are_something_else_are_told_what_they_are(run: Path, capsys:
     assert f"error: {weights} is a file; name a run folder" in refusal(capsys, "generate", weights, "x")
 
 
-@pytest.mark.parametrize(("world_size", "printed"), [(None, True), ("1", True), ("2", False)])
-def test_a_rank_without_other_processes_does_not_silence_errors(
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    world_size: str | None,
-    printed: bool,
+def test_variables_of_a_launcher_silence_no_verb(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Some clusters set RANK for every program."""
-    monkeypatch.setenv("RANK", "1")
-    monkeypatch.delenv("WORLD_SIZE", raising=False)
-    if world_size is not None:
-        monkeypatch.setenv("WORLD_SIZE", world_size)
+    for name, value in (("RANK", "1"), ("LOCAL_RANK", "1"), ("WORLD_SIZE", "2")):
+        monkeypatch.setenv(name, value)
+    assert "there is no folder" in refusal(capsys, "verify", str(tmp_path / "nothing"))
     with pytest.raises(SystemExit):
-        main(["verify", str(tmp_path / "nothing")])
-    assert ("there is no folder" in capsys.readouterr().err) is printed
+        main(["plan", "--training.max-stepz", "5"])
+    assert "max-stepz" in capsys.readouterr().err
 
 
 def test_verify_resume_proves_it_for_a_recipe(tiny: TrainConfig, capsys: pytest.CaptureFixture[str]) -> None:

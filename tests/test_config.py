@@ -69,6 +69,16 @@ def test_a_recipe_that_is_no_json_is_refused(tmp_path) -> None:
         ("training", {"max_steps": "6"}, r"^training\.max_steps='6' is not of the expected type; give int$"),
         (
             "training",
+            {"watchdog_minutes": None},
+            r"^training\.watchdog_minutes=None is not of the expected type; give float$",
+        ),
+        ("model", {"dropout": "0.1"}, r"^model\.dropout='0\.1' is not of the expected type; give float$"),
+        ("optimizer", {"beta1": "0.9"}, r"^optimizer\.beta1='0\.9' is not of the expected type; give float$"),
+        ("schedule", {"warmup_steps": "1"}, r"^schedule\.warmup_steps='1' is not of the expected type; give int$"),
+        ("checkpoint", {"keep_last": "2"}, r"^checkpoint\.keep_last='2' is not of the expected type; give int$"),
+        ("data", {"cache_dir": ""}, r"^data\.cache_dir is empty; name a folder, or None$"),
+        (
+            "training",
             {"precision": "float32"},
             r"^training\.precision='float32' .*; give 'auto' or 'fp32' or 'bf16' or 'fp16'$",
         ),

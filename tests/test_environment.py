@@ -223,7 +223,18 @@ def test_failure_points_act_when_and_where_they_are_told(monkeypatch: pytest.Mon
         ("raise UserError('x=1 is wrong; use 2')", 1, "error: x=1 is wrong; use 2\n"),
         ("open('/no/such/file')", 1, "error: /no/such/file: No such file or directory\n"),
         ("raise KeyboardInterrupt", 130, "interrupted\n"),
-        ("os.environ |= {'RANK': '1', 'WORLD_SIZE': '2'}; raise UserError('said by rank 0')", 1, ""),
+        ("os.environ |= {'RANK': '1', 'LOCAL_RANK': '1', 'WORLD_SIZE': '2'}; raise UserError('rank 0 says it')", 1, ""),
+        (
+            "os.environ |= {'RANK': '1', 'LOCAL_RANK': '0', 'WORLD_SIZE': '2'}; raise UserError('here')",
+            1,
+            "error: here\n",
+        ),
+        (
+            "os.environ |= {'RANK': '1', 'LOCAL_RANK': '1', 'WORLD_SIZE': '1'}; raise UserError('here')",
+            1,
+            "error: here\n",
+        ),
+        ("os.environ |= {'RANK': '1', 'LOCAL_RANK': '1'}; raise UserError('here')", 1, "error: here\n"),
     ],
 )
 def test_errors_of_users_are_one_line(code: str, status: int, printed: str) -> None:

@@ -19,6 +19,7 @@ from recipes.train_demo import CONFIG as DEMO
 from tests.support import ROOT, change, command, environment, flags, rows
 from toolkit.config import TrainConfig
 from toolkit.data.loader import open_data, sample_windows
+from toolkit.model.huggingface import config_json
 
 RECIPE = "recipes/train_demo.py"
 TWO = (
@@ -429,6 +430,7 @@ run(CONFIG)
             "--training.precision bf16",
             "training.precision='bf16' instead of 'fp32', precision='bf16' instead of 'fp32' of",
         ),
+        ("--model.init-from theirs", "model.init_from='theirs' instead of None of"),
         ("--run.dir elsewhere --training.max-hours 3 --wandb.name mine", None),
     ],
 )
@@ -437,6 +439,8 @@ def test_machines_that_were_given_other_settings_do_not_train(
 ) -> None:
     script = tmp_path / "own.py"
     script.write_text(OTHER_SETTINGS)
+    (tmp_path / "config.json").write_text(json.dumps(config_json(tiny.model, eot_id=256)))
+    other, said = other.replace("theirs", str(tmp_path)), said and said.replace("theirs", str(tmp_path))
     result = command(str(script), *flags(tiny, DEMO), launch=TWO, env=environment(OTHER=other))
     if said is None:
         assert result.returncode == 0, result.stderr

@@ -18,11 +18,19 @@ TOP_LEVEL = {
 }  # fmt: skip
 
 # What each part of the package may import of the package, beside itself.
-LEAVES = ("toolkit.errors", "toolkit.failpoint", "toolkit.config", "toolkit.redact", "toolkit.disk")
+LEAVES = (
+    "toolkit.errors",
+    "toolkit.failpoint",
+    "toolkit.config",
+    "toolkit.redact",
+    "toolkit.disk",
+    "toolkit.strict_json",
+)
 ALLOWED = {
     "toolkit.errors": ("toolkit.redact",),
     "toolkit.redact": (),
-    "toolkit.disk": (),
+    "toolkit.disk": ("toolkit.failpoint",),
+    "toolkit.strict_json": (),
     "toolkit.failpoint": (),
     "toolkit.config": ("toolkit.errors",),
     "toolkit.data": LEAVES,

@@ -342,6 +342,13 @@ def test_lines_and_json_say_the_same():
         "14,895 tokens/s,     7.77 days",
     ):
         assert words in text
+    for size, said in (
+        (7, "7 makes no whole step of 512 windows; use 16"),
+        (8, "8 fits too"),
+        (20, "20 makes no whole"),
+    ):
+        config = TrainConfig(training=TrainingConfig(micro_batch_size=size))
+        assert any(f"the recipe's micro_batch_size {said}" in line for line in plan(config, "rtx3060").lines()), size
     values = json.loads(json.dumps(found.to_dict(), allow_nan=False))
     assert values["micro_batch_size"] == 16
     assert values["memory"]["peak"] == found.memory.peak

@@ -107,6 +107,23 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     )  # a killed process loses nothing without it; disks are slow
 
 
+def test_workers_start_where_signals_cannot_be_blocked(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr(signal, "pthread_sigmask")  # as on Windows
+    assert prepare(corpus, tmp_path / "out", workers=2).manifest.fingerprint
+
+
+@pytest.mark.usefixtures("small_blocks")
+def test_a_long_text_of_white_space_alone_is_counted_as_one(tmp_path: Path) -> None:
+    text = " \n\u2003" * 2000  # 10,000 bytes in blocks of 1,500, which end within characters
+    (tmp_path / "space.txt").write_text(text)
+    (tmp_path / "words.txt").write_text(text + "word")
+    (tmp_path / "some.txt").write_text("some words\n" * 100)
+    counts = prepare(tmp_path, tmp_path / "out").manifest.source["counts"]
+    assert (counts["documents"], counts["white_space_only"]) == (3, 1)
+
+
 @pytest.fixture(scope="module")
 def reference(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The set of an undisturbed run."""

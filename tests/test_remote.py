@@ -103,7 +103,7 @@ def quick_retries(monkeypatch: pytest.MonkeyPatch) -> None:
     """A fault that passes costs no time; how long one may last is as generous as ever, for a busy machine's sake."""
     monkeypatch.setenv("no_proxy", "127.0.0.1,localhost")
     monkeypatch.setattr(remote, "FIRST_BACKOFF_SECONDS", 0.01)
-    monkeypatch.setattr(remote, "OUTAGE_SECONDS", 60.0)
+    monkeypatch.setattr(remote, "OUTAGE_SECONDS", 15.0)
     monkeypatch.setattr(remote, "OPEN_OUTAGE_SECONDS", 60.0)
 
 

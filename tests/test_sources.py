@@ -215,7 +215,7 @@ def test_policy_for_unusual_text(tmp_path: Path) -> None:
         (b'{"body": "x", "id": 1}', r"x\.jsonl line 3 has no column 'text', only 'body', 'id'; .*--text-column"),
         (b'{"text": 5}', r"x\.jsonl line 3: the field 'text' is int, not a string"),
         (b'{"text": "\xe9"}', r"x\.jsonl line 3 is not UTF-8: byte 0xe9 at offset 42 .*iconv"),
-        (b"[" * 100_000, r"x\.jsonl line 3 is not JSON"),
+        (b"[" * 100_000, r"x\.jsonl line 3 is nested too deeply to be read; leave that line out"),
     ],
 )
 def test_lines_that_are_refused(line: bytes, message: str, tmp_path: Path) -> None:
@@ -224,6 +224,20 @@ def test_lines_that_are_refused(line: bytes, message: str, tmp_path: Path) -> No
     with pytest.raises(UserError, match=message) as caught:
         read(open_source([str(path)]))
     assert "\n" not in str(caught.value)
+
+
+def test_numbers_that_python_does_not_read_are_passed_over(tmp_path: Path) -> None:
+    path = tmp_path / "x.jsonl"
+    path.write_text('{"text": "one", "n": ' + "9" * 5000 + ', "f": 1e999}\n')
+    assert read(open_source([str(path)]))[0] == ["one"]
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-be"])
+def test_utf16_is_told_how_to_be_converted(encoding: str, tmp_path: Path) -> None:
+    path = tmp_path / "x.txt"
+    path.write_bytes("\ufeffhello".encode("utf-16-be") if encoding == "utf-16-be" else "hello".encode(encoding))
+    with pytest.raises(UserError, match=r"`iconv -f utf-16 -t utf-8`"):
+        read(open_source([str(path)]))
 
 
 @pytest.mark.parametrize("long", [False, True])

@@ -134,6 +134,26 @@ def test_the_watchdog_prints_the_line_that_hangs_and_ends_the_process() -> None:
     assert "in in_c" in error
 
 
+def test_a_wakeup_descriptor_that_was_closed_meanwhile_is_not_put_back() -> None:
+    """As of an event loop in which a trainer was made and that has ended since."""
+    code = """
+requests.stop_listening()
+reading, writing = os.pipe()
+os.set_blocking(writing, False)
+signal.set_wakeup_fd(writing)
+again = StopRequests()
+again.listen()
+os.close(writing)
+os.close(reading)
+again.stop_listening()
+print("ready", signal.getsignal(signal.SIGTERM) == signal.SIG_DFL, signal.set_wakeup_fd(-1))
+"""
+    result = subprocess.run(
+        [sys.executable, "-c", PRELUDE + code], env=environment(), capture_output=True, text=True, timeout=60
+    )
+    assert result.stdout == "ready True -1\n", result.stderr
+
+
 def test_two_listeners_both_hear_and_the_last_puts_things_back() -> None:
     """As two runs in one program do; one of them listens twice."""
     code = """

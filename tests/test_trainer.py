@@ -232,6 +232,115 @@ def test_a_branch_stays_one(fit: Fit, tiny: TrainConfig, tmp_path: Path) -> None
         Trainer(other)
 
 
+def test_a_refused_first_start_leaves_the_folder_free(fit: Fit, tiny: TrainConfig, tmp_path: Path) -> None:
+    run = fit(tiny)
+    branch = tmp_path / "branch"
+
+    def start(resume_from: Path, **sections: Any) -> None:
+        AcceleratorState._reset_state(True)
+        Trainer(change(tiny, run={"dir": str(branch), "resume_from": str(resume_from)}, **sections)).fit()
+
+    four, eight = run / "checkpoints" / "step-00000004", run / "checkpoints" / "step-00000008"
+    for resume_from, sections, said in (
+        (run / "checkpoints" / "step-0000004", {}, "does not exist"),
+        (four, {"training": {"tokens_per_step": 512}}, "counts its steps in"),
+        (eight, {}, r"step-00000008 is at step 8, and training\.max_steps=8 leaves nothing to do; raise --training"),
+    ):
+        with pytest.raises(UserError, match=said):
+            start(resume_from, **sections)
+        assert [path.name for path in branch.iterdir()] == ["run.lock"]
+    AcceleratorState._reset_state(True)
+    with pytest.raises(UserError, match=r"config\.json is missing"):
+        Trainer(change(tiny, run={"dir": str(branch)}, model={"init_from": str(tmp_path)}))
+    assert [path.name for path in branch.iterdir()] == ["run.lock"]
+    start(four)
+    assert [row["step"] for row in rows(branch) if "loss/train" in row] == [5, 6, 7, 8]
+
+
+def test_a_start_that_is_refused_for_its_data_changes_nothing(
+    fit: Fit, tiny: TrainConfig, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    run = fit(tiny)
+    prepare([str(write_corpus(tmp_path / "text", seed=9))], out=tmp_path / "other", tokenizer="bytes", val_fraction=0.2)
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file() and path.name != "run.lock"}
+    caplog.clear()
+    with pytest.raises(UserError, match="was trained on data with fingerprint"):
+        fit(change(tiny, data={"path": (str(tmp_path / "other"),)}, training={"max_steps": 10}))
+    assert before == {path: path.read_bytes() for path in run.rglob("*") if path.is_file() and path.name != "run.lock"}
+    assert not any("changed since" in line for line in caplog.messages)
+    assert "once per epoch" in list(audit(run))[-1]
+
+
+def test_other_data_before_the_first_checkpoint_are_told(
+    fit: Fit, tiny: TrainConfig, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    caplog.set_level("INFO")
+    data = tmp_path / "data"
+    config = change(tiny, data={"path": (str(data),)}, training={"checkpoint_every": None})
+    for seed in (8, 9):
+        shutil.rmtree(data, ignore_errors=True)
+        prepare([str(write_corpus(tmp_path / str(seed), seed=seed))], out=data, tokenizer="bytes", val_fraction=0.2)
+        if seed == 8:
+            with pytest.raises(Cut):
+                fit_until(config, 2, monkeypatch)
+        else:
+            fit(config)
+    assert [line for line in caplog.messages if "the data have changed since the start before (fingerprint" in line]
+
+
+def test_the_best_checkpoint_stays_the_best_after_a_stop_before_its_evaluation(
+    fit: Fit, tiny: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With rates that only harm, the first evaluation is the best; it is cut short and made up by the next start."""
+    config = change(
+        tiny,
+        training={"eval_every": 2, "checkpoint_every": 2, "sample_every": None},
+        optimizer={"learning_rate": 3.0},
+        schedule={"warmup_steps": 100},
+        checkpoint={"keep_last": 2, "keep_best": True},
+    )
+    whole = fit(change(config, run={"dir": str(tmp_path / "whole")}))
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "_anyone_wants_to_stop", lambda trainer: trainer.step == 2)
+        parts = fit(config)
+    assert json.loads((parts / "status.json").read_text())["status"] == "preempted"
+    fit(config)
+    names = ["step-00000002", "step-00000006", "step-00000008"]
+    for run in (whole, parts):
+        assert sorted(path.name for path in (run / "checkpoints").iterdir()) == names
+    for name in names:
+        state = [json.loads((run / "checkpoints" / name / "state.json").read_text()) for run in (whole, parts)]
+        assert state[0] == state[1]
+
+
+def test_a_loop_that_ends_without_a_checkpoint_promises_none(
+    tiny: TrainConfig, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    for save_at, goes_on in ((None, "begins anew"), (1, "continues from step 1"), (2, "continues from there")):
+        AcceleratorState._reset_state(True)
+        with Trainer(change(tiny, run={"dir": f"{tiny.run.dir}-{save_at}"})) as trainer:
+            trainer.resume()
+            for _ in range(2):
+                trainer.train_step()
+                if trainer.step == save_at:
+                    trainer.save()
+            trainer.finish(stopped=True)
+        assert caplog.messages[-1] == f"stopped at step 2 (the loop ended early); the same command {goes_on}"
+
+
+def test_what_the_rendezvous_says_is_not_taken_for_accelerates_word(
+    tiny: TrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(**_: object) -> None:
+        raise UserError("process 0 of 2 waited")
+
+    monkeypatch.setattr(trainer_module, "Accelerator", refuse)
+    with pytest.raises(UserError, match=r"^process 0 of 2 waited$"):
+        Trainer(tiny)
+
+
 def test_a_branch_goes_on_in_the_counts_of_its_parent(fit: Fit, tiny: TrainConfig, tmp_path: Path) -> None:
     checkpoint = fit(tiny) / "checkpoints" / "step-00000004"
     for section, name in (("training", "tokens_per_step"), ("data", "sequence_length")):
@@ -1034,10 +1143,14 @@ def test_weights_of_another_vocabulary_than_the_datas_are_refused_with_what_help
     with pytest.raises(UserError, match=r"257 ids but model\.vocab_size=300; use --model\.vocab-size 257"):
         Trainer(change(tiny, model={"vocab_size": 300}))
     AcceleratorState._reset_state(True)
-    with pytest.raises(
-        UserError, match=r"=300; use data that is prepared with the tokenizer of the weights in theirs$"
+    for vocab_size, said in (
+        (300, r"=300; use --model\.vocab-size 257, with which the padding of the weights in theirs is left out$"),
+        (385, r"=385; use data that is prepared with the tokenizer of the weights in theirs$"),
+        (256, r"=256; use data that is prepared with the tokenizer of the weights in theirs$"),
     ):
-        Trainer(change(tiny, model={"vocab_size": 300, "init_from": "theirs"}))
+        with pytest.raises(UserError, match=said):
+            Trainer(change(tiny, model={"vocab_size": vocab_size, "init_from": "theirs"}))
+        AcceleratorState._reset_state(True)
 
 
 def test_the_muon_recipe_resumes_to_the_bit_and_loads_in_transformers(

@@ -101,7 +101,7 @@ def verify(where: Positional[str], /) -> None:
         _verify_checkpoints(path, [path])
     elif (path / "checkpoints").is_dir():
         _verify_checkpoints(path, _checkpoints_in(path / "checkpoints"))
-    elif steps_in(path):
+    elif steps_in(path) or (path / "run.lock").exists():
         _verify_checkpoints(path, _checkpoints_in(path))
     else:
         from toolkit.data.shards import verify_data
@@ -177,6 +177,7 @@ def generate(
         seed=seed,
         num_samples=num_samples,
         eot_id=tokenizer.eot_id,
+        num_ids=tokenizer.vocab_size,
     )
     current = -1
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")  # a token may end inside a character
@@ -368,7 +369,7 @@ def _recipe(source: Path | None, flags: Sequence[str]) -> TrainConfig:
         default = found
     else:
         raise UserError(f"{source} is neither a recipe file nor a run folder; give one of recipes/*.py or a --run.dir")
-    return parse(default, flags)
+    return parse(default, flags, always=True)
 
 
 def _run_recipe(source: Path) -> dict[str, Any]:
@@ -456,7 +457,7 @@ _DESCRIPTION = (
 def main(arguments: Sequence[str] | None = None) -> None:
     """The entry point of the `toolkit` command."""
     given = list(sys.argv[1:] if arguments is None else arguments)
-    with one_line_errors():
+    with one_line_errors(always=True):
         _refuse_empty(given)
         _log_to_stderr()
         share_cores()
@@ -542,14 +543,14 @@ def _recipe_of(folder: Path) -> TrainConfig | None:
 def _tokenizer_of(folder: Path) -> "Tokenizer":
     """The tokenizer of a checkpoint or an exported model, checked against the one that the checkpoint names."""
     from toolkit.data.tokenizer import load_tokenizer
-    from toolkit.model.huggingface import read_config
+    from toolkit.model.huggingface import is_padded, read_config
     from toolkit.training.checkpoint import read_manifest
 
     own = folder / "tokenizer.json"
     if not (folder / "manifest.json").exists():
         tokenizer = load_tokenizer(str(own) if own.exists() else "gpt2")
         vocab_size = read_config(str(folder)).vocab_size
-        if tokenizer.vocab_size != vocab_size:
+        if tokenizer.vocab_size != vocab_size and not is_padded(vocab_size, tokenizer.vocab_size):
             found = "no tokenizer.json, which stands for GPT-2 with 50257"
             if own.exists():
                 found = f"its tokenizer.json of {tokenizer.vocab_size}"

@@ -56,6 +56,7 @@ class RunConfig:
     resume_from: str | None = None  # checkpoint folder of another run from which a new run starts [path]; None: no other
 
     def __post_init__(self) -> None:
+        _check_types("run", self)
         _raise_all([f"run.{name} is empty; name a folder" for name in ("dir", "resume_from") if getattr(self, name) == ""])
 
 
@@ -74,6 +75,7 @@ class GPT2Config:
     init_from: str | None = None  # GPT-2 weights in Hugging Face format to start from [folder or Hub name]; None: random
 
     def __post_init__(self) -> None:
+        _check_types("model", self)
         problems = _positive("model", self, "n_layer", "n_head", "n_embd", "context_length", "vocab_size")
         if not problems and self.n_embd % self.n_head:
             nearest = sorted(
@@ -114,9 +116,12 @@ class DataConfig:
     cache_gib: float = 4.0  # most disk that the cache of a remote set may use [GiB]
 
     def __post_init__(self) -> None:
+        _check_types("data", self)
         problems = _positive("data", self, "sequence_length", "shuffle_group_shards", "cache_gib")
         if not self.path or not all(self.path):
             problems.append("data.path is empty; name a folder made by `toolkit prepare`")
+        if self.cache_dir == "":
+            problems.append("data.cache_dir is empty; name a folder, or None")
         _raise_all(problems)
 
 
@@ -144,6 +149,7 @@ class TrainingConfig:
     watchdog_minutes: float = 30.0  # a process without progress for this long prints its stacks and ends the job [minutes]
 
     def __post_init__(self) -> None:
+        _check_types("training", self)
         counts = ("max_steps", "tokens_per_step", "micro_batch_size", "eval_every", "checkpoint_every", "sample_every")
         others = (
             "max_hours",
@@ -177,6 +183,7 @@ class OptimizerConfig:
     muon_weight_decay: float = 0.0  # Muon's decoupled weight decay
 
     def __post_init__(self) -> None:
+        _check_types("optimizer", self)
         problems = _positive("optimizer", self, "learning_rate", "eps", "max_grad_norm", "muon_learning_rate")
         for name in ("beta1", "beta2", "muon_momentum"):
             if not 0 <= getattr(self, name) < 1:
@@ -198,6 +205,7 @@ class ScheduleConfig:
     final_ratio: float = 0.1  # learning rate after the decay, as a share of the peak [0..1]
 
     def __post_init__(self) -> None:
+        _check_types("schedule", self)
         problems = [
             f"schedule.{name}={getattr(self, name)} must be at least 0"
             for name in ("warmup_steps", "stable_steps", "decay_steps")
@@ -220,6 +228,7 @@ class EvaluationConfig:
     micro_batch_size: int = 8  # windows per process in one forward of an evaluation [windows]
 
     def __post_init__(self) -> None:
+        _check_types("evaluation", self)
         _raise_all(_positive("evaluation", self, "max_tokens", "micro_batch_size"))
 
 
@@ -234,6 +243,7 @@ class SamplingConfig:
     top_k: int | None = 200  # only the k likeliest tokens are drawn from; None: all [count]
 
     def __post_init__(self) -> None:
+        _check_types("sampling", self)
         problems = _positive("sampling", self, "num_samples", "max_new_tokens", "top_k")
         if not 0 <= self.temperature < math.inf:
             problems.append(f"sampling.temperature={self.temperature} must be at least 0")
@@ -249,6 +259,7 @@ class CheckpointConfig:
     keep_best: bool = False  # also keep the checkpoint with the lowest validation loss
 
     def __post_init__(self) -> None:
+        _check_types("checkpoint", self)
         problems = _positive("checkpoint", self, "keep_every")
         if self.keep_last < 2:
             problems.append(
@@ -268,6 +279,7 @@ class WandbConfig:
     tags: tuple[str, ...] = ()  # W&B tags
 
     def __post_init__(self) -> None:
+        _check_types("wandb", self)
         problems = [f"wandb.tags holds {tag!r}; a tag has 1 to 64 characters" for tag in self.tags if not 1 <= len(tag) <= 64]
         if not 1 <= len(self.project) <= 128 or set(self.project) & set("/\\#?%:"):
             problems.append(f"wandb.project={self.project!r} is no project's name; use 1 to 128 characters, none of / \\ # ? % :")
@@ -290,7 +302,9 @@ class TrainConfig:
     wandb: WandbConfig = field(default_factory=WandbConfig)
 
     def __post_init__(self) -> None:
-        _check_types(self)
+        for name, section in typing.get_type_hints(TrainConfig).items():
+            if not isinstance(getattr(self, name), section):
+                raise UserError(f"{name}={getattr(self, name)!r} is not of the expected type; give {section.__name__}(...)")
         problems = []
         if self.data.sequence_length > self.model.context_length:
             raised = "" if self.model.init_from else " or raise --model.context-length"
@@ -406,13 +420,11 @@ def from_dict(cls: type[T], values: Mapping[str, Any], *, where: str = "") -> T:
     return cls(**{name: _from_json(hints[name], values[name], f"{where}.{name}".lstrip(".")) for name in hints})
 
 
-def _check_types(config: TrainConfig) -> None:
+def _check_types(section: str, values: Any) -> None:
     """Raises UserError for a value of a type that `from_dict` would not take back; Python lets any pass."""
-    for section in dataclasses.fields(config):
-        values = getattr(config, section.name)
-        for name, hint in typing.get_type_hints(type(values)).items():
-            value = getattr(values, name)
-            _from_json(hint, list(value) if isinstance(value, tuple) else value, f"{section.name}.{name}")
+    for name, hint in typing.get_type_hints(type(values)).items():
+        value = getattr(values, name)
+        _from_json(hint, list(value) if isinstance(value, tuple) else value, f"{section}.{name}")
 
 
 def _from_json(hint: Any, value: Any, where: str) -> Any:

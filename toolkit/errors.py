@@ -8,6 +8,7 @@ other exception is a mistake of ours and keeps its traceback.
 import errno
 import io
 import os
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -21,13 +22,14 @@ class UserError(ValueError):
     """A problem that the user can solve; the message holds the value, the rule and the fix in one line."""
 
 
-def is_main_process() -> bool:
-    """True in the process whose messages a user should read: global rank 0, or a process that trains alone.
+def speaks() -> bool:
+    """True in the process of each machine that says what goes wrong: the launcher's first, or one that trains alone.
 
-    Why: readable before a process group exists, so that eight processes do not print one error eight times. Some clusters
-    set RANK for every program, but WORLD_SIZE only for those that they launched together.
+    Why: known before a process group exists, so that eight processes do not print one error eight times, and what only
+    one machine meets (another command line, a missing file) is read there. Some clusters set RANK and LOCAL_RANK for every
+    program, but WORLD_SIZE only for those that they launched together.
     """
-    return os.environ.get("RANK", "0") in ("", "0") or os.environ.get("WORLD_SIZE", "1") in ("", "0", "1")
+    return os.environ.get("LOCAL_RANK", "0") in ("", "0") or os.environ.get("WORLD_SIZE", "1") in ("", "0", "1")
 
 
 def describe_os_error(error: OSError) -> str:
@@ -45,10 +47,10 @@ def describe_os_error(error: OSError) -> str:
 
 
 @contextmanager
-def one_line_errors() -> Iterator[None]:
+def one_line_errors(*, always: bool = False) -> Iterator[None]:
     """Turns `UserError`, an operating system error and Ctrl-C into one line on stderr and a non-zero exit.
 
-    The line is without secrets: a path may be a URL with a password in it. What stdout and stderr cannot encode is
+    Printed where a process `speaks`, or `always`. The line is without secrets: a path may be a URL with a password in it. What stdout and stderr cannot encode is
     escaped from here on, so that no name of a file ends a program.
     """
     _open_closed_streams()
@@ -68,10 +70,20 @@ def one_line_errors() -> Iterator[None]:
         message, status = "interrupted", 130
     else:
         return
-    if is_main_process():
+    end_at_once_on_ctrl_c()
+    if always or speaks():
         with suppress(OSError):  # stderr's reader has gone, or its disk is full
             print(redact(message), file=sys.stderr, flush=True)
     raise SystemExit(status)
+
+
+def end_at_once_on_ctrl_c() -> None:
+    """From here on, where a program is about to end, another Ctrl-C ends it without a word.
+
+    Why: Python would raise KeyboardInterrupt in whatever clears up at its end, and print its tracebacks.
+    """
+    with suppress(ValueError):  # not in the main thread
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def _open_closed_streams() -> None:

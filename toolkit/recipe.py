@@ -1,7 +1,7 @@
 """A recipe as a program: flags over its numbers, then the run.
 
-Flags are read before torch is imported, so that `--help` and a mistyped flag are answered at once, and by the main
-process alone.
+Flags are read before torch is imported, so that `--help` and a mistyped flag are answered at once, and by one process of
+each machine alone.
 """
 
 import os
@@ -12,7 +12,7 @@ from pathlib import Path
 import tyro
 
 from toolkit.config import GPT2_SIZES, GPT2Config, TrainConfig, gpt2_config, load_recipe
-from toolkit.errors import UserError, is_main_process, one_line_errors
+from toolkit.errors import UserError, end_at_once_on_ctrl_c, one_line_errors, speaks
 from toolkit.training.supervision import StopRequests
 
 
@@ -26,6 +26,8 @@ def run(default: TrainConfig, arguments: Sequence[str] | None = None) -> None:
         from toolkit.training.trainer import Trainer
 
         Trainer(config, stop_requests=stop_requests).fit()
+        if stop_requests.asked():
+            end_at_once_on_ctrl_c()
 
 
 def share_cores() -> None:
@@ -41,10 +43,11 @@ def share_cores() -> None:
         os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # GNU's OpenMP, which torch uses on Linux, takes this first
 
 
-def parse(default: TrainConfig, arguments: Sequence[str] | None = None) -> TrainConfig:
+def parse(default: TrainConfig, arguments: Sequence[str] | None = None, *, always: bool = False) -> TrainConfig:
     """The recipe with flags applied; `--model.size` and `--model.init-from` stand for flags of a shape before the others.
 
-    Raises: SystemExit after `--help`, or with a message for a flag that does not exist or a value that does not fit.
+    Raises: SystemExit after `--help`, or for a flag that does not exist or a value that does not fit, with a message where
+    the process `speaks`, or `always`.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
     return tyro.cli(
@@ -54,7 +57,7 @@ def parse(default: TrainConfig, arguments: Sequence[str] | None = None) -> Train
         default=default,
         description=(sys.modules["__main__"].__doc__ or "").strip(),
         config=(tyro.conf.FlagConversionOff,),
-        console_outputs=is_main_process(),
+        console_outputs=always or speaks(),
         registry=_flag_types(),
     )
 

@@ -25,6 +25,7 @@ from toolkit.data.tokenizer import replace_surrogates
 from toolkit.errors import UserError
 
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -156,9 +157,11 @@ def decode_utf8(data: bytes | bytearray, *, where: str, offset: int = 0) -> str:
 
 def not_utf8(error: UnicodeDecodeError, *, where: str, offset: int) -> UserError:
     """The error for bytes that stand at `offset` of the file `where`."""
+    is_utf16 = offset + error.start == 0 and error.object[:2] in UTF16_MARKS
     return UserError(
         f"{where} is not UTF-8: byte 0x{error.object[error.start]:02x} at offset {offset + error.start} "
-        f"({error.reason}); convert it first, for example with `iconv -f latin1 -t utf-8`, or leave it out"
+        f"({error.reason}); convert it first, for example with `iconv -f {'utf-16' if is_utf16 else 'latin1'} -t utf-8`, or "
+        "leave it out"
     )
 
 
@@ -185,10 +188,16 @@ def _texts_of_lines(block: Block, counts: Counts) -> Iterator[str | None]:
         yield _text_of_line(decode_utf8(line, where=where, offset=start), where=where, column=column)
 
 
+# Numbers, of which Python reads only those of less than 4,300 digits, are no text: they are passed over.
+_ROWS = json.JSONDecoder(parse_int=lambda digits: 0, parse_float=lambda digits: 0.0)
+
+
 def _text_of_line(line: str, *, where: str, column: str) -> str | None:
     try:
-        values = json.loads(line)
-    except (ValueError, RecursionError) as error:
+        values = _ROWS.decode(line)
+    except RecursionError:
+        raise UserError(f"{where} is nested too deeply to be read; leave that line out") from None
+    except ValueError as error:
         raise UserError(
             f"{where} is not JSON ({str(error)[:100]}); a .jsonl file holds one JSON object on each line"
         ) from None

@@ -127,7 +127,7 @@ class Manifest:
         try:
             return _parse_manifest(data)
         except UserError as error:
-            raise UserError(f"{where}: {error}") from None
+            raise UserError(f"{where}: {error}; put the file back as it was made, or make the set again") from None
 
 
 def _manifest_problems(manifest: Manifest) -> list[str]:

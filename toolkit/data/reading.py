@@ -243,7 +243,7 @@ class _FullReads(io.RawIOBase):
 def read_text(context: ReadContext, position: Position, text_column: str) -> Iterator[Block]:
     """A text file in stretches that end where a cut does not change the ids; the hash of the whole comes first."""
     file = context.file
-    key, size, has_mark = _hash_text(file)
+    key, size, has_mark, is_space = _hash_text(file)
     for start, stop, data, share_read in _stretches(
         context, max(position.offset, len(BYTE_ORDER_MARK) if has_mark else 0)
     ):
@@ -259,6 +259,7 @@ def read_text(context: ReadContext, position: Position, text_column: str) -> Ite
                 "in_payload": data is not None,
                 "first": position.offset == 0 and start == (len(BYTE_ORDER_MARK) if has_mark else 0),
                 "byte_order_mark": has_mark,
+                "white_space_only": is_space,
                 "key": key,
             },
             payload=data or b"",
@@ -267,17 +268,20 @@ def read_text(context: ReadContext, position: Position, text_column: str) -> Ite
         )
 
 
-def _hash_text(file: SourceFile) -> tuple[int, int, bool]:
-    """Hash of the text without its byte order mark, size with it, and whether there is one."""
+def _hash_text(file: SourceFile) -> tuple[int, int, bool, bool]:
+    """Hash of the text without its byte order mark, size with it, whether there is one, whether all is white space."""
     digest = xxhash.xxh3_64()
+    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")  # what is no UTF-8 is no white space
     with open_file(file) as stream:
         part = stream.read(BLOCK_BYTES)
-        size, has_mark = len(part), part.startswith(BYTE_ORDER_MARK)
-        digest.update(part[len(BYTE_ORDER_MARK) :] if has_mark else part)
-        while part := stream.read(BLOCK_BYTES):
-            digest.update(part)
+        size, has_mark, is_space = 0, part.startswith(BYTE_ORDER_MARK), True
+        while part:
+            text = part[len(BYTE_ORDER_MARK) :] if has_mark and size == 0 else part
+            digest.update(text)
+            is_space = is_space and (decoder.decode(text) or " ").isspace()
             size += len(part)
-    return digest.intdigest(), size, has_mark
+            part = stream.read(BLOCK_BYTES)
+    return digest.intdigest(), size, has_mark, is_space
 
 
 def _stretches(context: ReadContext, start: int) -> Iterator[tuple[int, int, bytes | None, int]]:

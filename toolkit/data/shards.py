@@ -282,7 +282,7 @@ def check_ids(ids: Ids, start: int, *, vocab_size: int, where: str) -> None:
         offset = int(np.argmax(ids >= vocab_size))
         raise UserError(
             f"{where}: id {int(ids[offset])} at token {start + offset} is not below vocab_size={vocab_size}; the shard is "
-            "damaged or of another tokenizer, see `toolkit verify`"
+            "damaged or of another tokenizer: put the file back as it was made, or prepare the data again"
         )
 
 
@@ -381,7 +381,10 @@ def verify_shards(
             problems += found
             yield f"{info.file}: {info.tokens} tokens, {'; '.join(found) or 'ok'}"
     if problems:
-        raise UserError(f"{where} has {len(problems)} problem{'s' * (len(problems) > 1)}: {'; '.join(problems)}")
+        raise UserError(
+            f"{where} has {len(problems)} problem{'s' * (len(problems) > 1)}: {'; '.join(problems)}; put these files back as "
+            "they were made, or make the set again in another folder"
+        )
     yield f"fingerprint {manifest.fingerprint}"
 
 
@@ -404,7 +407,7 @@ def manifest_problems(data: bytes, manifest: Manifest, *, where: str) -> Iterato
     if data != manifest.to_json().encode():
         yield (
             f"{where} was changed: its text is not the canonical one that the toolkit writes, so that its sha256 is not the "
-            "fingerprint; put the file back as it was made"
+            "fingerprint"
         )
     counts = manifest.source.get("counts")
     if not isinstance(counts, dict):  # shards that were adopted have no known source

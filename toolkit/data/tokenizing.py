@@ -69,6 +69,7 @@ def _tokenize(block: Block, tokenizer: Tokenizer, val_below: int, counts: Counts
         if block.header["first"]:
             counts.documents = 1
             counts.byte_order_marks_removed = int(block.header["byte_order_mark"])
+            counts.white_space_only = int(block.header["white_space_only"])
             split.start_document()
         counts.utf8_bytes = block.header["stop"] - block.header["start"]
         for ids in tokenizer.encode_stream(read_stretch(block.header, block.payload)):

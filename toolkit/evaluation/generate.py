@@ -26,16 +26,18 @@ def generate(
     seed: int = 0,
     num_samples: int = 1,
     eot_id: int | None = None,
+    num_ids: int | None = None,
 ) -> Iterator[tuple[int, int]]:
     """Yields (sample, token id): all new tokens of sample 0, then of sample 1, ...
 
     A sample ends after `max_new_tokens` or at end-of-text, which is not yielded. An empty prompt is the start of a
     document. Of a longer text than the model's context, it sees the end: as in nanoGPT a prompt is cut at its front, and
-    where the context is full the last half of it is encoded anew.
+    where the context is full the last half of it is encoded anew. Only the first `num_ids` ids are drawn: the rest of a
+    model's may be padding.
     Raises: UserError, at once, for a setting or a prompt id that makes no sense.
     """
     _check_settings(max_new_tokens, temperature, top_k, top_p, num_samples, seed)
-    vocab_size = model.config.vocab_size
+    vocab_size = min(model.config.vocab_size, num_ids or model.config.vocab_size)
     unknown = [token for token in prompt_ids if not 0 <= token < vocab_size]
     if unknown:
         raise UserError(
@@ -44,7 +46,7 @@ def generate(
     start = list(prompt_ids) or ([eot_id] if eot_id is not None and eot_id < vocab_size else [])
     if not start:
         raise UserError("the prompt is empty and the model has no end-of-text token to start from; give a prompt")
-    return _samples(model, start, max_new_tokens, temperature, top_k, top_p, seed, num_samples, eot_id)
+    return _samples(model, start, max_new_tokens, temperature, top_k, top_p, seed, num_samples, eot_id, vocab_size)
 
 
 def _check_settings(
@@ -77,6 +79,7 @@ def _samples(
     seed: int,
     num_samples: int,
     eot_id: int | None,
+    vocab_size: int,
 ) -> Iterator[tuple[int, int]]:
     for sample in range(num_samples):
         generator = torch.Generator().manual_seed(_stream_seed(seed, sample))
@@ -86,7 +89,7 @@ def _samples(
             if cache is None or cache.length + len(new_ids) > cache.capacity:
                 cache = KVCache(model, batch_size=1)
                 new_ids = new_ids if len(ids) == len(start) else ids[-max(1, cache.capacity // 2) :]
-            logits = _next_logits(model, new_ids, cache)
+            logits = _next_logits(model, new_ids, cache)[:vocab_size]
             token = draw(logits, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator)
             if token == eot_id:
                 break

@@ -39,6 +39,7 @@ MAX_HEADER_BYTES = 1_000_000
 MAX_CONFIG_BYTES = 1_000_000
 MAX_DIMENSION = 2**24  # of any number in a config.json: bounds the work that a hostile one can ask for
 MAX_LAYERS = 4096
+MOST_PADDING_IDS = 128  # a vocabulary is rounded up to at most a multiple of this
 WEIGHT_DTYPES = ("F32", "F16", "BF16")
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
@@ -125,18 +126,22 @@ def read_eot_id(source: str) -> int | None:
 def load_weights(source: str, config: GPT2Config) -> dict[str, Tensor]:
     """The weights of a folder or a Hub model under our names, in fp32, checked against the configuration.
 
+    Rows of the token embedding that are padding, as the configuration's smaller vocabulary says, are left out.
     Raises: UserError if the shape differs (naming the flags that fit), a tensor is missing, unknown or of another shape
     or dtype, the head is not the token embedding, or there are only pickled weights.
     """
     folder = _local_folder(source)
-    _check_same_shape(source, read_config(str(folder)), config)
+    theirs = read_config(str(folder))
+    _check_same_shape(source, theirs, config)
     tensors: dict[str, Tensor] = {}
     head = None
-    for path, names in _find_weights(folder, canonical_shapes(config)).items():
+    for path, names in _find_weights(folder, canonical_shapes(theirs)).items():
         try:
             with safe_open(path, framework="pt", device="cpu") as file:
                 for stored, name in names.items():
                     tensor = file.get_tensor(stored).float()
+                    if not tensor.isfinite().all():
+                        raise UserError(f"{path}: {stored} has values that are no finite numbers; use other weights")
                     if name == "lm_head.weight":
                         head = tensor
                     else:
@@ -147,11 +152,19 @@ def load_weights(source: str, config: GPT2Config) -> dict[str, Tensor]:
         raise UserError(
             f"{source}: lm_head.weight differs from wte.weight, but GPT-2's head is its token embedding; use tied weights"
         )
+    tensors[TOKEN_EMBEDDING] = tensors[TOKEN_EMBEDDING][: config.vocab_size]
     return {name: tensors[name] for name in canonical_shapes(config)}
+
+
+def is_padded(model_ids: int, tokenizer_ids: int) -> bool:
+    """True for a model with some more ids than its tokenizer, as nanoGPT and llm.c make them: 50304 for GPT-2's 50257."""
+    return tokenizer_ids < model_ids < tokenizer_ids + MOST_PADDING_IDS
 
 
 def _check_same_shape(source: str, theirs: GPT2Config, ours: GPT2Config) -> None:
     different = [name for name in _SHAPE_FIELDS if getattr(theirs, name) != getattr(ours, name)]
+    if is_padded(theirs.vocab_size, ours.vocab_size):
+        different.remove("vocab_size")
     if different:
         has = ", ".join(f"{name}={getattr(theirs, name)}" for name in different)
         asked = ", ".join(f"{name}={getattr(ours, name)}" for name in different)

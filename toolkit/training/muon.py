@@ -143,8 +143,12 @@ def orthogonalize(matrices: Tensor, *, coefficients: tuple[float, float, float],
 
     X <- (a + b X X^T + c (X X^T)^2) X, `steps` times, from X of Frobenius norm 1: each singular value grows towards 1, with
     the published coefficients to between 0.5 and 1.5. Accelerators iterate in bf16, in which they are fastest, CPUs in
-    fp32: many are slow in bf16, and what the iteration lets grow is also the rounding of other orders of sums. In fp32
-    the losses of other micro-batches and numbers of processes stay within 1e-5, as they do with AdamW.
+    fp32, since many are slow in bf16.
+
+    What the iteration lets grow, the smallest singular values up to 3.4445**5 = 485 times, is also the rounding of the
+    gradient, which is another for other micro-batches and numbers of processes. In fp32 their losses stay within 1e-5 of
+    each other for 50 to 200 steps, and then differ by 1e-4 to 1e-2 after 300 (models of one and two layers); with AdamW by 5e-7.
+    Iterating in fp64 changes nothing in this: the gradients' own rounding is what grows.
     """
     a, b, c = coefficients
     tall = matrices.shape[1] > matrices.shape[2]

@@ -260,7 +260,7 @@ def largest_micro_batch(
 
 def usable_bytes(memory_bytes: int) -> int:
     """What a run may plan with: the memory less the driver's reserve and a margin."""
-    return int(memory_bytes * (1 - MARGIN)) - RESERVED_BYTES
+    return max(0, int(memory_bytes * (1 - MARGIN)) - RESERVED_BYTES)
 
 
 def memory_estimate(

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.distributed import PrefixStore, Store  # type: ignore[attr-defined]
 from torch.distributed.rendezvous import register_rendezvous_handler, rendezvous
 
-from toolkit.errors import UserError, describe_os_error
+from toolkit.errors import UserError, describe_os_error, speaks
 
 logger = logging.getLogger(__name__)
 
@@ -180,12 +180,12 @@ class Processes:
     def telling(self) -> Iterator[None]:
         """Says what this process alone has met, before it goes: all that its peers see is a lost connection.
 
-        For blocks in which others wait in no collective of `together`. What the main process raises is printed anyway.
+        For blocks in which others wait in no collective of `together`. What a process that `speaks` raises is printed anyway.
         """
         try:
             yield
         except (UserError, OSError) as error:
-            if not self.is_main:
+            if not self.is_main and not speaks():
                 message = describe_os_error(error) if isinstance(error, OSError) else str(error)
                 logger.error("error: process %d: %s", self.index, message)
             raise

@@ -41,6 +41,7 @@ class RunRecords:
         self.wandb = WandbMirror(config.wandb)
         self._in_flight: int | None = None  # the step of a save in the background
         self._begun = False
+        self._due_step: int | None = None  # of which the next start has an evaluation or samples to make
         self._ended: Literal["finished", "preempted"] | None = None
         try:
             before = self.folder.status() or {}
@@ -129,6 +130,11 @@ class RunRecords:
             logger.info(line)
         self.folder.set_status("running", step=step)
         self.wandb.start(to_dict(self.config), self.folder.run_id, folder=self.folder.path)
+        for row in read_rows(log_path(self.folder.path, "metrics")):
+            if row["step"] == step:
+                self.wandb.log(row, again=True)
+        if rows := [row for row in read_rows(log_path(self.folder.path, "samples")) if row["step"] == step]:
+            self.wandb.log_samples(step, rows, again=True)
 
     @contextmanager
     def noting_trouble(self) -> Iterator[None]:
@@ -185,6 +191,7 @@ class RunRecords:
 
         Raises: UserError if this save (blocking) or the one before (in the background) failed.
         """
+        self._due_step = step if state.get("evaluation_due") or state.get("sampling_due") else None
         self.folder.refuse_replaced()
         self.log.sync()  # the rows up to a checkpoint are as durable as the checkpoint
         extra = self.folder.copies()
@@ -239,14 +246,16 @@ class RunRecords:
     def close(self, *, step: int, failure: str | None) -> None:
         """Ends W&B's run, closes the logs and lets go of the folder; never raises."""
         self.writer.wait()
-        self.wandb.finish(self._ended or "failed")
+        self.wandb.finish(self._ended or "failed", step_is_complete=self._due_step != step)
         try:
             if self._in_flight in checkpoint.steps_in(
                 self.folder.checkpoints
             ):  # saved, though the run has failed since
                 self._note_complete_save()
             self.log.close()
-            has_run = self._begun or (self.folder.path / RUN).exists()  # else the folder is left as it was: free for any
+            has_run = (
+                self._begun or (self.folder.path / RUN).exists()
+            )  # else the folder is left as it was: free for any
             if failure is not None and has_run and self._ended is None:
                 self.folder.set_status("failed", step=step, reason=failure)
         except OSError as error:  # the disk that made the run fail cannot take the status either

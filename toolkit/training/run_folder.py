@@ -109,6 +109,7 @@ class RunFolder:
                 path.mkdir(parents=True)
                 sync_folder(path.parent)
             _refuse_strangers_folder(path)
+            self._identity = path.stat()
             self._exclusive = self._take_lock()
         except OSError as error:
             raise UserError(f"the run folder {path} cannot be used: {describe_os_error(error)}") from None
@@ -221,10 +222,10 @@ class RunFolder:
         if self._lock is None:
             return
         try:
-            named = (self.path / LOCK).stat()
+            named = self.path.stat()
         except FileNotFoundError:
             return  # whoever needs what has gone with it says so
-        if not os.path.samestat(os.fstat(self._lock), named):
+        if not os.path.samestat(self._identity, named):
             raise UserError(
                 f"{self.path} was moved away while the run was writing to it, and another is there now; nothing was changed in it"
             )

@@ -53,7 +53,7 @@ from toolkit.model.gpt2 import (
     load_canonical,
     num_parameters,
 )
-from toolkit.model.huggingface import config_json, load_weights
+from toolkit.model.huggingface import config_json, is_padded, load_weights
 from toolkit.training import checkpoint
 from toolkit.training.environment import (
     configure_torch,
@@ -732,7 +732,9 @@ class Trainer:
             model = self.config.model
             if data.vocab_size != model.vocab_size:
                 fix = f"use --model.vocab-size {data.vocab_size}"
-                if model.init_from is not None:
+                if model.init_from is not None and is_padded(model.vocab_size, data.vocab_size):
+                    fix += f", with which the padding of the weights in {model.init_from} is left out"
+                elif model.init_from is not None:
                     fix = f"use data that is prepared with the tokenizer of the weights in {model.init_from}"
                 raise UserError(
                     f"the data's tokenizer {data.tokenizer_info.name!r} has {data.vocab_size} ids but model.vocab_size="

@@ -254,21 +254,27 @@ class WandbMirror:
             self._process = WandbProcess(message | limits)
             self._exchange()
 
-    def log(self, row: Mapping[str, Any]) -> None:
-        """Sends one row, which holds `step`; rows of the same step become one in W&B."""
-        self._send({"log": row})
+    def log(self, row: Mapping[str, Any], *, again: bool = False) -> None:
+        """Sends one row, which holds `step`; rows of the same step become one in W&B.
 
-    def log_samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
+        `again`: of an earlier start, whose helper may have sent it.
+        """
+        self._send({"log": row, "again": again})
+
+    def log_samples(self, step: int, rows: Sequence[Mapping[str, Any]], *, again: bool = False) -> None:
         """Sends the texts sampled at a step, as a table."""
-        self._send({"samples": redact(list(rows)), "step": step})
+        self._send({"samples": redact(list(rows)), "step": step, "again": again})
 
-    def finish(self, status: Status) -> None:
-        """Ends the W&B run as finished, preempted or failed, and says what became of it; returns within the time limit."""
+    def finish(self, status: Status, *, step_is_complete: bool = True) -> None:
+        """Ends the W&B run as finished, preempted or failed, and says what became of it; returns within the time limit.
+
+        Unless `step_is_complete`, the last step is left to the next start, which will have more of it.
+        """
         if self._process is None:
             return
         with self._never_raises():
             deadline = time.monotonic() + self._finish_seconds[status]
-            self._process.send(finish_message(status))
+            self._process.send(finish_message(status, step_is_complete=step_is_complete))
             self._exchange()
             while not self._finished and self._process is not None and (left := deadline - time.monotonic()) > 0:
                 self._process.wait(min(left, 0.1))
@@ -366,6 +372,7 @@ def start_message(
     }
 
 
-def finish_message(status: Status) -> dict[str, Any]:
+def finish_message(status: Status, *, step_is_complete: bool = True) -> dict[str, Any]:
     """What the helper process is told at the end of a run."""
-    return {"finish": {"exit_code": int(status != "finished"), "preempted": status == "preempted"}}
+    ended = {"exit_code": int(status != "finished"), "preempted": status == "preempted"}
+    return {"finish": ended | {"step_is_complete": step_is_complete}}

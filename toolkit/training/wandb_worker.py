@@ -2,8 +2,11 @@
 
 Why a process of its own: whatever wandb does (hang in `init` or `finish`, die, install exit hooks and signal handlers,
 print, prompt) happens to this process and not to training; and when training is killed, this one sees the end of its
-input and still finishes the run with every row it was sent. It needs nothing of the toolkit, and it ends by itself
+input and still finishes the run with every step it was sent. It needs nothing of the toolkit, and it ends by itself
 within its time limits after its input does.
+
+W&B takes no step twice, so a step goes there as a whole: when the next one comes, or at the end. Of a run that was killed,
+or stopped before its step's evaluation, the last step is left to the next start, which sends what it knows of it "again".
 
 Input, one object a line: {"start": {...}} first, then {"log": row} and {"samples": rows, "step": n}, {"finish": {...}}.
 Output, one object a line: {"started": {...}}, {"warning": text}, {"finished": {...}}.
@@ -69,7 +72,8 @@ class Worker:
         self._failures = 0
         self._next_step = 0  # rows of earlier steps are in W&B already, which takes no step twice
         self._left_out = 0
-        self._logged = False
+        self._last_written: int | None = None  # step
+        self._held: list[dict[str, Any]] = []  # what has come of the newest step
 
     def run(self, commands: BinaryIO) -> None:
         """Starts the run, mirrors every line until the input ends, and finishes the run."""
@@ -77,14 +81,14 @@ class Worker:
         lock = _lock(Path(self._start["folder"]) / "wandb")
         with self._time_limit("start", self._start["init_seconds"] * 2 + GRACE_SECONDS):
             self._try(self._open)
-        finish: dict[str, Any] = {"exit_code": 1, "preempted": False}  # the input ended without a word: a crash
+        # The input ended without a word: a crash.
+        finish: dict[str, Any] = {"exit_code": 1, "preempted": False, "step_is_complete": False}
         seconds = ORPHAN_SECONDS
         for command in _lines(commands):
             if "finish" in command:
                 finish, seconds = command["finish"], self._start["finish_seconds"] + GRACE_SECONDS
                 break
-            if self._wandb_run is not None and self._failures < MAX_FAILURES:
-                self._try(self._log_samples if "samples" in command else self._log, command)
+            self._take(command)
         with self._time_limit("finish", seconds):
             self._close(finish)
         if lock is not None:
@@ -154,30 +158,36 @@ class Worker:
             tags=start["tags"],
         )
 
-    def _log(self, command: dict[str, Any]) -> None:
-        row = command["log"]
-        if self._is_new(row["step"]):
-            # Rows of one step are gathered into one: wandb writes them when the step after it comes, or at the end.
-            self._wandb_run.log(row, step=row["step"])
+    def _take(self, command: dict[str, Any]) -> None:
+        if self._held and _step_of(command) != _step_of(self._held[0]):
+            self._write_held()
+        self._held.append(command)
 
-    def _log_samples(self, command: dict[str, Any]) -> None:
+    def _write_held(self) -> None:
+        held, self._held = self._held, []
+        if self._wandb_run is not None and self._failures < MAX_FAILURES:
+            self._try(self._write, held)
+
+    def _write(self, commands: list[dict[str, Any]]) -> None:
+        """One row of W&B from all that came of a step."""
         import wandb
 
-        rows, step = command["samples"], command["step"]
-        if rows and self._is_new(step):
-            columns = list(rows[0])
-            table = wandb.Table(columns=columns, data=[[row.get(name) for name in columns] for row in rows])
-            self._wandb_run.log({"samples": table, "step": step}, step=step)
-
-    def _is_new(self, step: int) -> bool:
+        step = _step_of(commands[0])
         if step < self._next_step:
-            self._left_out += 1
-            return False
-        self._next_step = step  # another row of the same step may follow
-        self._logged = True
-        return True
+            self._left_out += sum(not command.get("again") for command in commands)
+            return
+        for command in commands:  # wandb gathers them into one row
+            if "log" in command:
+                self._wandb_run.log(command["log"], step=step)
+            elif rows := command["samples"]:
+                columns = list(rows[0])
+                table = wandb.Table(columns=columns, data=[[row.get(name) for name in columns] for row in rows])
+                self._wandb_run.log({"samples": table, "step": step}, step=step)
+        self._last_written, self._next_step = step, step + 1
 
     def _close(self, finish: dict[str, Any]) -> None:
+        if finish["step_is_complete"] and self._held:
+            self._write_held()
         run = self._wandb_run
         complete = run is not None and not self._failures
         if run is not None and self._failures < MAX_FAILURES:
@@ -187,8 +197,8 @@ class Worker:
             self._try(run.finish, finish["exit_code"])
             self._try(self._teardown)
             complete = not self._failures and time.monotonic() - began < self._start["finish_seconds"]
-            if complete and run.offline and self._logged:  # a full disk is no error to wandb
-                complete = _last_step(Path(run.settings.sync_file)) == self._next_step
+            if complete and run.offline and self._last_written is not None:  # a full disk is no error to wandb
+                complete = _last_step(Path(run.settings.sync_file)) == self._last_written
         self._report(finished={"complete": complete, "left_out": self._left_out})
 
     def _teardown(self) -> None:
@@ -237,6 +247,12 @@ def _lines(commands: BinaryIO) -> Iterator[dict[str, Any]]:
         if not line.endswith(b"\n"):  # cut off by the death of the other side
             return
         yield json.loads(line)
+
+
+def _step_of(command: dict[str, Any]) -> int:
+    """The step that a row, or texts, belong to."""
+    step: int = command["log"]["step"] if "log" in command else command["step"]
+    return step
 
 
 def _describe(error: Exception) -> str:
