@@ -403,10 +403,10 @@ def to_dict(config: Any) -> dict[str, Any]:
     return typing.cast(dict[str, Any], json.loads(json.dumps(dataclasses.asdict(config), allow_nan=False)))
 
 
-T = typing.TypeVar("T")
+_T = typing.TypeVar("_T")
 
 
-def from_dict(cls: type[T], values: Mapping[str, Any], *, where: str = "") -> T:
+def from_dict(cls: type[_T], values: Mapping[str, Any], *, where: str = "") -> _T:
     """The configuration that `to_dict` described.
 
     Raises: UserError for an unknown key, a missing key or a value of another type.
