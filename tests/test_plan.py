@@ -115,6 +115,16 @@ def test_saved_bytes_with_dropout_are_those_of_a_cpu(model, checkpointing, preci
     assert predicted == pytest.approx(bytes_saved_by_autograd(config, precision), rel=0.002 if units else 0.008)
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize(("batch", "n_head"), [(1, 1), (1, 2), (3, 1), (3, 2)])
+def test_saved_bytes_with_dropout_of_one_head_or_one_window(precision, batch, n_head):
+    """Where a product's operands are views of what made them."""
+    config = recipe(SMALL, sequence_length=40, activation_checkpointing="none", loss_chunk_tokens=50, batch=batch)
+    config = change(config, model={"dropout": 0.1, "n_head": n_head})
+    predicted = saved_activation_bytes(config, precision, micro_batch_size=batch, on_cpu=True)
+    assert predicted == pytest.approx(bytes_saved_by_autograd(config, precision), rel=0.002)
+
+
 def test_a_step_of_any_size_is_planned_at_once():
     config = change(RECIPE, training={"tokens_per_step": 1024 * 10**12})
     size = largest_micro_batch(config, "bf16", memory_bytes=12 * GIB)

@@ -281,7 +281,7 @@ def memory_estimate(
     if on_cpu and model.dropout:  # the gradients of the probabilities, before and after dropout
         block += 8 * model.n_head * tokens * config.data.sequence_length
     if checkpointing:
-        block += _block_bytes(config, precision, tokens=tokens, on_cpu=on_cpu)
+        block += _block_bytes(config, precision, micro_batch_size=micro_batch_size, on_cpu=on_cpu)
     backward = max(loss_gradients, block)
     fixed = 4 * parameters + 4 * parameters + _moment_bytes(config, parameters)
     return MemoryEstimate(
@@ -310,7 +310,7 @@ def saved_activation_bytes(
     if training.activation_checkpointing == "block":
         blocks = model.n_layer * tokens * width * 4  # each block's input, in the residual stream's fp32
     else:
-        block = _block_bytes(config, precision, tokens=tokens, on_cpu=on_cpu)
+        block = _block_bytes(config, precision, micro_batch_size=micro_batch_size, on_cpu=on_cpu)
         blocks = model.n_layer * block + _weight_copy_bytes(config, precision)
     mask = (4 if on_cpu else 1) if model.dropout else 0  # a GPU's kernel keeps one byte, a CPU factors in fp32
     embedding = tokens * (8 + mask * width)  # and the ids
@@ -320,7 +320,7 @@ def saved_activation_bytes(
     return blocks + embedding + final_norm + loss
 
 
-def _block_bytes(config: TrainConfig, precision: Precision, *, tokens: int, on_cpu: bool) -> int:
+def _block_bytes(config: TrainConfig, precision: Precision, *, micro_batch_size: int, on_cpu: bool) -> int:
     """What one block saves, without 16-bit weight copies.
 
     A CPU has no fused attention with dropout: all probabilities are kept there, before and after it, and the factors between
@@ -337,7 +337,12 @@ def _block_bytes(config: TrainConfig, precision: Precision, *, tokens: int, on_c
         again = precision == "bf16" and cpu_widens(torch.bfloat16)
         widened = 3 * model.n_embd * (4 - product) + 3 * model.n_head * config.data.sequence_length * 4
         attention = 0 if again else widened
+        if precision == "fp32" and 1 in (micro_batch_size, model.n_head):
+            # The values are then in the order of a product already, a part of c_attn's output, all of which stays with
+            # them: beside it, queries and keys are kept scaled.
+            attention += 2 * model.n_embd * 4
         masks = 2 * model.n_embd * product
+    tokens = micro_batch_size * config.data.sequence_length
     return tokens * (norms + products + attention + masks)
 
 
