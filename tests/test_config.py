@@ -133,6 +133,8 @@ def test_differences_name_the_field_and_both_values() -> None:
     [
         (lambda: GPT2Config(n_embd=100, n_head=12), r"n_embd=100 is not a multiple of model\.n_head=12; use n_embd 96 or 108"),
         (lambda: GPT2Config(n_layer=0), "n_layer=0 must be above 0"),
+        (lambda: GPT2Config(n_layer=4097), "n_layer=4097 must be at most 4,096"),
+        (lambda: GPT2Config(vocab_size=2**24 + 1), "vocab_size=16777217 must be at most 16,777,216"),
         (lambda: GPT2Config(dropout=1.0), r"dropout=1\.0 must be at least 0 and below 1"),
         (lambda: GPT2Config(size="355M"), r"model\.size=355M means"),
         (lambda: gpt2_config("3M"), "size=3M is not a published GPT-2; use one of 124M"),

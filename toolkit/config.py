@@ -29,6 +29,11 @@ GPT2_SIZES: dict[str, tuple[int, int, int]] = {
 }
 
 
+# Bounds of a model's numbers, far beyond any GPT-2: what larger ones would ask for takes for ever to compute.
+MAX_LAYERS = 4096
+MAX_DIMENSION = 2**24
+
+
 def _raise_all(problems: Sequence[str]) -> None:
     if problems:
         raise UserError("; ".join(problems))
@@ -76,7 +81,12 @@ class GPT2Config:
 
     def __post_init__(self) -> None:
         _check_types("model", self)
-        problems = _positive("model", self, "n_layer", "n_head", "n_embd", "context_length", "vocab_size")
+        numbers = ("n_layer", "n_head", "n_embd", "context_length", "vocab_size")
+        problems = _positive("model", self, *numbers)
+        for name in numbers:
+            most = MAX_LAYERS if name == "n_layer" else MAX_DIMENSION
+            if getattr(self, name) > most:
+                problems.append(f"model.{name}={getattr(self, name)} must be at most {most:,}")
         if not problems and self.n_embd % self.n_head:
             nearest = sorted(
                 {max(1, self.n_embd // self.n_head) * self.n_head, (self.n_embd // self.n_head + 1) * self.n_head}

@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from toolkit.config import GPT2Config
+from toolkit.config import MAX_DIMENSION, MAX_LAYERS, GPT2Config
 from toolkit.disk import replace_file, sync_folder
 from toolkit.errors import UserError
 from toolkit.failpoint import failpoint
@@ -37,8 +37,6 @@ HUB_FILES = (CONFIG_FILE, WEIGHTS_FILE, INDEX_FILE, "model-*-of-*.safetensors")
 # A header names every tensor in about 120 bytes; GPT-2 1558M has 580, so that 1 MB is ample and 100 MB an attack.
 MAX_HEADER_BYTES = 1_000_000
 MAX_CONFIG_BYTES = 1_000_000
-MAX_DIMENSION = 2**24  # of any number in a config.json: bounds the work that a hostile one can ask for
-MAX_LAYERS = 4096
 MOST_PADDING_IDS = 128  # a vocabulary is rounded up to at most a multiple of this
 WEIGHT_DTYPES = ("F32", "F16", "BF16")
 
