@@ -1022,8 +1022,11 @@ def test_weights_that_break_before_the_first_checkpoint_are_told_that_there_is_n
         fit(change(tiny, optimizer={"learning_rate": 1e30}, training={"checkpoint_every": 1}))
 
 
-def test_a_model_that_no_memory_holds_is_refused_in_one_line(tiny: TrainConfig) -> None:
+def test_a_model_that_no_memory_holds_is_refused_in_one_line(
+    tiny: TrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A hundred thousand times what an address space has: no overcommitment gives it."""
+    monkeypatch.setattr("toolkit.config.MAX_DIMENSION", 10**16)
     with pytest.raises(UserError, match=r"has no memory left for the weights; weights, gradients and moments take \d+"):
         Trainer(change(tiny, model={"context_length": 10**16}))
 

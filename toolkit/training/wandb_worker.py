@@ -176,13 +176,13 @@ class Worker:
         if step < self._next_step:
             self._left_out += sum(not command.get("again") for command in commands)
             return
-        for command in commands:  # wandb gathers them into one row
-            if "log" in command:
-                self._wandb_run.log(command["log"], step=step)
-            elif rows := command["samples"]:
+        for command in commands:  # wandb gathers them into one row, which it writes at once when told that it is whole
+            values = command.get("log")
+            if rows := command.get("samples"):
                 columns = list(rows[0])
                 table = wandb.Table(columns=columns, data=[[row.get(name) for name in columns] for row in rows])
-                self._wandb_run.log({"samples": table, "step": step}, step=step)
+                values = {"samples": table, "step": step}
+            self._wandb_run.log(values or {}, step=step, commit=command is commands[-1])
         self._last_written, self._next_step = step, step + 1
 
     def _close(self, finish: dict[str, Any]) -> None:
