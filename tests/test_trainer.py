@@ -272,6 +272,21 @@ def test_a_start_that_is_refused_for_its_data_changes_nothing(
     assert "once per epoch" in list(audit(run))[-1]
 
 
+def test_damaged_records_of_a_finished_run_are_rebuilt(fit: Fit, tiny: TrainConfig) -> None:
+    run = fit(tiny)
+    for name in ("run.json", "recipe.json"):
+        data = bytearray((run / name).read_bytes())
+        data[20] ^= 1
+        (run / name).write_bytes(data)
+    fit(tiny)
+    before = json.loads((run / "run.json").read_text())["id"]
+    assert "once per epoch" in list(audit(run))[-1]
+    assert {path.name for path in run.glob("*.damaged")} == {"run.json.damaged", "recipe.json.damaged"}
+    fit(tiny)
+    assert json.loads((run / "run.json").read_text())["id"] == before
+    assert len(list(run.glob("*.damaged*"))) == 2
+
+
 def test_other_data_before_the_first_checkpoint_are_told(
     fit: Fit, tiny: TrainConfig, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:

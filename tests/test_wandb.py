@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from accelerate.state import AcceleratorState
 
 from tests.support import ROOT
 from tests.wandb_reader import offline_runs
@@ -309,16 +310,36 @@ def test_a_step_whose_evaluation_a_stop_cut_short_is_sent_as_a_whole_by_the_next
     with monkeypatch.context() as patch:
         patch.setattr(Trainer, "_anyone_wants_to_stop", lambda trainer: trainer.step == 4)
         folder = fit(config)
+        fit(config)  # and is cut short once more
     assert json.loads((folder / "status.json").read_text())["status"] == "preempted"
     fit(config)
-    first, second = offline_runs(folder)
+    first, again, second = offline_runs(folder)
     assert [row["step"] for row in first.rows] == [1, 2, 3]
+    assert again.rows == []
     assert [row["step"] for row in second.rows] == [4, 5, 6, 7, 8]
     rows = {row["step"]: row for row in first.rows + second.rows}
     for recorded in read_rows(folder / "metrics.jsonl"):
         assert rows[recorded["step"]].items() >= recorded.items()
     assert [row["step"] for row in second.rows if "loss/val" in row] == [4, 8]
     assert [row["step"] for row in second.rows if "samples/path" in row] == [4, 8]
+
+
+@pytest.mark.parametrize("evaluates", [True, False])
+def test_a_loop_that_saves_before_it_evaluates_has_its_last_step_in_wandb(tiny: TrainConfig, evaluates: bool) -> None:
+    config = replace(tiny, wandb=WandbConfig(mode="offline"))
+    AcceleratorState._reset_state(True)
+    with Trainer(config) as trainer:
+        trainer.resume()
+        while trainer.step < 8:
+            trainer.log(trainer.train_step())
+            if trainer.due(4):
+                trainer.save()
+                if evaluates:
+                    trainer.evaluate()
+        trainer.finish()
+    (run,) = offline_runs(Path(config.run.dir))
+    assert [row["step"] for row in run.rows] == list(range(1, 9))
+    assert ("loss/val" in run.rows[-1]) is evaluates
 
 
 def test_a_start_sends_again_what_the_one_before_knew_of_its_last_step(

@@ -66,6 +66,8 @@ class RunRecords:
                 logger.info(line)
             step = checkpoint.step_of(newest.name) if newest is not None else None
             self.finished_at = step if before.get("status") == "finished" else None
+            if self.finished_at is not None and self.finished_at >= config.training.max_steps:
+                self.folder.record()  # nothing will begin
         except BaseException:
             self.folder.close()
             raise
@@ -122,9 +124,9 @@ class RunRecords:
             due = (sampling_due and name == "samples") or (evaluation_due and name == "metrics" and "loss/val" in row)
             return due and row["step"] == step
 
-        if not self._begun:
-            self.folder.record()
-            self._begun = True
+        self.folder.record()
+        self._begun = True
+        self._due_step = step if evaluation_due or sampling_due else None
         first = 1 if self._branched_from is None else None  # a branch begins where its first start began
         for line in self.log.truncate_after(step, first=first, again=again):
             logger.info(line)
@@ -246,7 +248,7 @@ class RunRecords:
     def close(self, *, step: int, failure: str | None) -> None:
         """Ends W&B's run, closes the logs and lets go of the folder; never raises."""
         self.writer.wait()
-        self.wandb.finish(self._ended or "failed", step_is_complete=self._due_step != step)
+        self.wandb.finish(self._ended or "failed", step_is_complete=self._ended == "finished" or self._due_step != step)
         try:
             if self._in_flight in checkpoint.steps_in(
                 self.folder.checkpoints

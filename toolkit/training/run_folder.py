@@ -101,7 +101,8 @@ class RunFolder:
         self.run: dict[str, Any] = {}
         self.saved_step: int | None = None  # of the newest checkpoint that is complete, for status.json
         self._copies: dict[str, bytes] = {}
-        self._start: dict[str, Any] = {}  # this start, as run.json will have it
+        self._start: dict[str, Any] = {}  # this start, as run.json will have it; empty once it has
+        self._damaged: list[Path] = []
         self._lines: list[str] = []
         self._lock: int | None = None
         try:
@@ -180,10 +181,15 @@ class RunFolder:
         Why not in `open`: a start that is refused for what only later comes to light leaves the run as it was.
         Raises: UserError if the folder cannot be written.
         """
+        if not self._start:
+            return
         starts = [*self.run["starts"], redact(self._start)]
         self.run = sealed({**self.run, "starts": starts[:1] + starts[1:][-(MAX_STARTS - 1) :]})
         self._copies[RUN] = render_json(self.run)
+        self._start = {}
         try:
+            for path in filter(os.path.lexists, self._damaged):
+                set_aside(path)
             failpoint("run_folder.before-run")
             replace_file(self.path / RUN, self._copies[RUN])
             failpoint("run_folder.after-run")
@@ -318,8 +324,8 @@ class RunFolder:
         return _parse_recipe(copy, path)
 
     def _set_aside(self, path: Path) -> None:
-        if os.path.lexists(path):
-            set_aside(path)
+        """Marks what is damaged: `record` renames it before it writes the file anew."""
+        self._damaged.append(path)
 
     def _put_aside_what_is_no_status(self) -> None:
         path = self.path / STATUS
