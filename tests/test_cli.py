@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -46,6 +47,40 @@ def refusal(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     assert stop.value.code == 1
     lines = capsys.readouterr().err.splitlines()
     return next(line for line in lines if line.startswith("error: "))
+
+
+def test_after_an_error_ctrl_c_is_what_it_was_until_the_process_ends(capsys: pytest.CaptureFixture[str]) -> None:
+    """In a notebook the interpreter goes on; at its end a program is cleared up without a traceback."""
+    before = signal.getsignal(signal.SIGINT)
+    refusal(capsys, "verify", "nowhere")
+    assert signal.getsignal(signal.SIGINT) == before
+    code = """
+import atexit, signal, sys
+signal.signal(signal.SIGINT, getattr(signal, sys.argv[1]))
+
+@atexit.register
+def clear_up():
+    print("ending", flush=True)
+    sys.stdin.readline()
+    print("ended")
+
+from toolkit.cli import main
+main(["verify", "nowhere"])
+"""
+    for handler, status, out in (("default_int_handler", -signal.SIGINT, ""), ("SIG_IGN", 1, "ended\n")):
+        process = subprocess.Popen(
+            [sys.executable, "-c", code, handler],
+            env=environment(),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ending\n"
+        process.send_signal(signal.SIGINT)
+        said = process.communicate("\n", timeout=60)
+        assert (process.returncode, said[0], said[1].count("\n")) == (status, out, 1)
 
 
 def test_generate_continues_the_prompt_and_repeats_with_a_seed(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -115,6 +150,41 @@ def test_a_model_whose_vocabulary_is_padded_is_used_with_its_tokenizer(
     theirs.save_pretrained(padded)
     said = f"error: {padded}/model.safetensors: transformer.wte.weight has values that are no finite numbers"
     assert said in refusal(capsys, "generate", str(padded), "x")
+
+
+def test_a_model_without_tokenizer_json_is_gpt2s_only_where_nothing_speaks_of_another(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import transformers
+
+    def model(vocab_size: int) -> None:
+        shape = {"n_layer": 1, "n_head": 2, "n_embd": 4, "n_positions": 32}
+        transformers.GPT2LMHeadModel(transformers.GPT2Config(vocab_size=vocab_size, **shape)).save_pretrained(folder)
+
+    def generates() -> bool:
+        return len(call(capsys, "generate", str(folder), "x", "--max-new-tokens", "2")) > 2
+
+    folder = tmp_path / "theirs"
+    model(50304)
+    config = (folder / "config.json").read_text()
+    (folder / "config.json").write_text(config, encoding="utf-8-sig")  # as some editors save it
+    assert generates()
+    for ids in (50258, 50265, 50368):
+        model(ids)
+        assert f"has a model of {ids} ids and no tokenizer.json" in refusal(capsys, "generate", str(folder), "x")
+    model(50257)
+    write_transformers_files(load_tokenizer("gpt2"), folder)
+    vocabulary = json.loads((folder / "tokenizer.json").read_text())["model"]["vocab"]
+    (folder / "tokenizer.json").unlink()
+    (folder / "vocab.json").write_text(json.dumps(vocabulary))
+    assert generates()
+    (folder / "vocab.json").write_text(json.dumps(vocabulary | {"in": vocabulary["on"], "on": vocabulary["in"]}))
+    said = f"error: {folder} has a tokenizer of another form (vocab.json) and no tokenizer.json; write one there with"
+    assert refusal(capsys, "generate", str(folder), "x").startswith(said)
+    (folder / "vocab.json").write_text("[")
+    assert refusal(capsys, "evaluate", str(folder), "--data.path", "data/any").startswith(said)
+    (folder / "vocab.json").rename(folder / "spiece.model")
+    assert refusal(capsys, "generate", str(folder), "x").startswith(said.replace("vocab.json", "spiece.model"))
 
 
 @pytest.mark.parametrize("flag", ["--micro-batch-size", "--max-tokens", "--sequence-length"])

@@ -85,6 +85,16 @@ def test_a_recipe_that_is_no_json_is_refused(tmp_path) -> None:
         ("run", {"dir": Path("runs/a")}, r"^run\.dir=PosixPath\('runs/a'\) is not of the expected type; give str$"),
         ("training", {"max_steps": np.int64(6)}, r"^training\.max_steps=np\.int64\(6\) is not .*; give int$"),
         ("data", {"path": (Path("data"),)}, r"^data\.path=PosixPath\('data'\) is not of the expected type; give str$"),
+        (
+            "training",
+            {"precision": np.array(["bf16", "fp16"])},
+            r"^training\.precision=array\(.*\) is not .*; give 'auto' or 'fp32' or 'bf16' or 'fp16'$",
+        ),
+        (
+            "optimizer",
+            {"learning_rate": 10**5000},
+            r"^optimizer\.learning_rate is a whole number of 16610 bits, which no float holds$",
+        ),
         ("data", {"path": "data"}, r"^data\.path='data' is not of the expected type; give tuple\[str, \.\.\.\]$"),
     ],
 )

@@ -1162,8 +1162,10 @@ def test_weights_of_another_vocabulary_than_the_datas_are_refused_with_what_help
         Trainer(change(tiny, model={"vocab_size": 300}))
     AcceleratorState._reset_state(True)
     for vocab_size, said in (
-        (300, r"=300; use --model\.vocab-size 257, with which the padding of the weights in theirs is left out$"),
-        (385, r"=385; use data that is prepared with the tokenizer of the weights in theirs$"),
+        (320, r"=320; use --model\.vocab-size 257, with which the padding of the weights in theirs is left out$"),
+        (384, r"=384; use --model\.vocab-size 257, with which the padding of the weights in theirs is left out$"),
+        (300, r"=300; use data that is prepared with the tokenizer of the weights in theirs$"),
+        (448, r"=448; use data that is prepared with the tokenizer of the weights in theirs$"),
         (256, r"=256; use data that is prepared with the tokenizer of the weights in theirs$"),
     ):
         with pytest.raises(UserError, match=said):

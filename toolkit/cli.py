@@ -543,26 +543,41 @@ def _recipe_of(folder: Path) -> TrainConfig | None:
 def _tokenizer_of(folder: Path) -> "Tokenizer":
     """The tokenizer of a checkpoint or an exported model, checked against the one that the checkpoint names."""
     from toolkit.data.tokenizer import load_tokenizer
-    from toolkit.model.huggingface import is_padded, read_config
     from toolkit.training.checkpoint import read_manifest
 
-    own = folder / "tokenizer.json"
     if not (folder / "manifest.json").exists():
-        tokenizer = load_tokenizer(str(own) if own.exists() else "gpt2")
-        vocab_size = read_config(str(folder)).vocab_size
-        if tokenizer.vocab_size != vocab_size and not is_padded(vocab_size, tokenizer.vocab_size):
-            found = "no tokenizer.json, which stands for GPT-2 with 50257"
-            if own.exists():
-                found = f"its tokenizer.json of {tokenizer.vocab_size}"
-            raise UserError(
-                f"{folder} has a model of {vocab_size} ids and {found}; put the model's own tokenizer.json there"
-            )
-        return tokenizer
+        return _published_tokenizer(folder)
+    own = folder / "tokenizer.json"
     info = read_manifest(folder)["tokenizer"]
     tokenizer = load_tokenizer(str(own) if own.exists() else info["name"])
     if tokenizer.sha256 != info["sha256"]:
         raise UserError(
             f"{folder} was trained with a tokenizer {info['name']!r} of sha256 {info['sha256'][:12]}, but the one here has "
             f"{tokenizer.sha256[:12]}; use the toolkit's version that trained it"
+        )
+    return tokenizer
+
+
+def _published_tokenizer(folder: Path) -> "Tokenizer":
+    """The tokenizer.json of a model that is no checkpoint of ours, or GPT-2's where nothing there speaks of another."""
+    from toolkit.data.tokenizer import is_gpt2_vocabulary, load_tokenizer
+    from toolkit.model.huggingface import is_padded, read_config
+
+    own = folder / "tokenizer.json"
+    others = [*folder.glob("vocab.*"), *folder.glob("*.model")]  # of slower tokenizers, and of other kinds
+    foreign = [path.name for path in others if not is_gpt2_vocabulary(path)]
+    if foreign and not own.exists():
+        raise UserError(
+            f"{folder} has a tokenizer of another form ({foreign[0]}) and no tokenizer.json; write one there with "
+            f"transformers: AutoTokenizer.from_pretrained({str(folder)!r}).save_pretrained({str(folder)!r})"
+        )
+    tokenizer = load_tokenizer(str(own) if own.exists() else "gpt2")
+    vocab_size = read_config(str(folder)).vocab_size
+    if tokenizer.vocab_size != vocab_size and not is_padded(vocab_size, tokenizer.vocab_size):
+        found = "no tokenizer.json, which stands for GPT-2 with 50257"
+        if own.exists():
+            found = f"its tokenizer.json of {tokenizer.vocab_size}"
+        raise UserError(
+            f"{folder} has a model of {vocab_size} ids and {found}; put the model's own tokenizer.json there"
         )
     return tokenizer

@@ -448,13 +448,16 @@ def _from_json(hint: Any, value: Any, where: str) -> Any:
             except UserError:
                 continue
     elif origin is Literal:
-        if value in arguments:
+        if any(type(value) is type(choice) and value == choice for choice in arguments):
             return value
     elif origin is tuple:
         if isinstance(value, list):
             return tuple(_from_json(arguments[0], item, where) for item in value)
     elif hint is float and type(value) in (int, float):
-        return float(value)
+        try:
+            return float(value)
+        except OverflowError:
+            raise UserError(f"{where} is a whole number of {value.bit_length()} bits, which no float holds") from None
     elif type(value) is hint:
         return value
     expected = hint.__name__ if origin is None and isinstance(hint, type) else str(hint)

@@ -5,6 +5,7 @@ recipes) runs inside `one_line_errors`, which prints it without a traceback and 
 other exception is a mistake of ours and keeps its traceback.
 """
 
+import atexit
 import errno
 import io
 import os
@@ -50,8 +51,8 @@ def describe_os_error(error: OSError) -> str:
 def one_line_errors(*, always: bool = False) -> Iterator[None]:
     """Turns `UserError`, an operating system error and Ctrl-C into one line on stderr and a non-zero exit.
 
-    Printed where a process `speaks`, or `always`. The line is without secrets: a path may be a URL with a password in it. What stdout and stderr cannot encode is
-    escaped from here on, so that no name of a file ends a program.
+    Printed where a process `speaks`, or `always`. The line is without secrets: a path may be a URL with a password in it.
+    What stdout and stderr cannot encode is escaped from here on, so that no name of a file ends a program.
     """
     _open_closed_streams()
     for stream in (sys.stdout, sys.stderr):
@@ -70,20 +71,24 @@ def one_line_errors(*, always: bool = False) -> Iterator[None]:
         message, status = "interrupted", 130
     else:
         return
-    end_at_once_on_ctrl_c()
+    finally:
+        atexit.unregister(_end_at_once_on_ctrl_c)
+        atexit.register(_end_at_once_on_ctrl_c)  # the last one registered is the first to run
     if always or speaks():
         with suppress(OSError):  # stderr's reader has gone, or its disk is full
             print(redact(message), file=sys.stderr, flush=True)
     raise SystemExit(status)
 
 
-def end_at_once_on_ctrl_c() -> None:
-    """From here on, where a program is about to end, another Ctrl-C ends it without a word.
+def _end_at_once_on_ctrl_c() -> None:
+    """At the end of the process: another Ctrl-C ends it without a word, unless it is ignored.
 
-    Why: Python would raise KeyboardInterrupt in whatever clears up at its end, and print its tracebacks.
+    Why: Python would raise KeyboardInterrupt in whatever clears up then, and print its tracebacks. Why not before: in a
+    notebook the interpreter goes on after an error.
     """
-    with suppress(ValueError):  # not in the main thread
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+        with suppress(ValueError):  # not in the main thread
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def _open_closed_streams() -> None:

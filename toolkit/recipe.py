@@ -12,7 +12,7 @@ from pathlib import Path
 import tyro
 
 from toolkit.config import GPT2_SIZES, GPT2Config, TrainConfig, gpt2_config, load_recipe
-from toolkit.errors import UserError, end_at_once_on_ctrl_c, one_line_errors, speaks
+from toolkit.errors import UserError, one_line_errors, speaks
 from toolkit.training.supervision import StopRequests
 
 
@@ -26,8 +26,6 @@ def run(default: TrainConfig, arguments: Sequence[str] | None = None) -> None:
         from toolkit.training.trainer import Trainer
 
         Trainer(config, stop_requests=stop_requests).fit()
-        if stop_requests.asked():
-            end_at_once_on_ctrl_c()
 
 
 def share_cores() -> None:

@@ -10,14 +10,14 @@ class _RefusedError(ValueError):
 
 
 def parse_object(data: bytes) -> dict[str, Any]:
-    """The object in a JSON file.
+    """The object in a JSON file, which may begin with a byte order mark, as some editors write it.
 
     Raises: ValueError for anything else: other values, a key given twice, NaN, nesting without end, other encodings; its
     message goes on after the file's name ("is not valid JSON (...)").
     """
     try:
         values = json.loads(
-            data.decode("utf-8"), object_pairs_hook=_unique_keys, parse_constant=_no_constant, parse_float=_finite
+            data.decode("utf-8-sig"), object_pairs_hook=_unique_keys, parse_constant=_no_constant, parse_float=_finite
         )
     except _RefusedError:
         raise

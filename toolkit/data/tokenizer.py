@@ -401,6 +401,17 @@ def _gpt2_candidates() -> Iterator[Path]:
     yield from (Path(str(file.locate())) for file in files if file.name == GPT2_FILE)
 
 
+def is_gpt2_vocabulary(path: Path) -> bool:
+    """True for GPT-2's own vocabulary in one of the files that `transformers` keeps it in beside a tokenizer.json."""
+    try:
+        data = path.read_bytes() if path.stat().st_size <= MAX_TOKENIZER_BYTES else b""
+        if path.suffix == ".bpe":
+            return hashlib.sha256(data).hexdigest() == GPT2_SHA256
+        return bool(json.loads(data) == _written_vocabulary(_load_gpt2()))
+    except (OSError, ValueError, RecursionError):
+        return False
+
+
 # --- a tokenizer of one's own ----------------------------------------------------------------------------------------
 
 
@@ -607,10 +618,7 @@ def write_transformers_files(tokenizer: Tokenizer, folder: Path) -> None:
             "fuse_unk": False,
             "byte_fallback": False,
             "ignore_merges": False,
-            "vocab": {
-                **{_written(token): rank for token, rank in tokenizer.encoding._mergeable_ranks.items()},
-                END_OF_TEXT: tokenizer.eot_id,
-            },
+            "vocab": _written_vocabulary(tokenizer),
             "merges": _merges(tokenizer),
         },
     }
@@ -623,6 +631,12 @@ def write_transformers_files(tokenizer: Tokenizer, folder: Path) -> None:
     }
     replace_file(folder / "tokenizer.json", json.dumps(values, ensure_ascii=False).encode())
     replace_file(folder / "tokenizer_config.json", (json.dumps(config, indent=2) + "\n").encode())
+
+
+def _written_vocabulary(tokenizer: Tokenizer) -> dict[str, int]:
+    """Each token as vocabulary files write it, with its id."""
+    ranks = tokenizer.encoding._mergeable_ranks
+    return {**{_written(token): rank for token, rank in ranks.items()}, END_OF_TEXT: tokenizer.eot_id}
 
 
 def _merges(tokenizer: Tokenizer) -> list[list[str]]:

@@ -7,6 +7,7 @@ dtypes of the model. Pickled weights are never opened. Tokenizer files are not t
 
 import json
 import logging
+import math
 import os
 import re
 import struct
@@ -37,7 +38,7 @@ HUB_FILES = (CONFIG_FILE, WEIGHTS_FILE, INDEX_FILE, "model-*-of-*.safetensors")
 # A header names every tensor in about 120 bytes; GPT-2 1558M has 580, so that 1 MB is ample and 100 MB an attack.
 MAX_HEADER_BYTES = 1_000_000
 MAX_CONFIG_BYTES = 1_000_000
-MOST_PADDING_IDS = 128  # a vocabulary is rounded up to at most a multiple of this
+PADDED_TO = (64, 128)  # a vocabulary is rounded up to a multiple of one of these
 WEIGHT_DTYPES = ("F32", "F16", "BF16")
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
@@ -155,8 +156,9 @@ def load_weights(source: str, config: GPT2Config) -> dict[str, Tensor]:
 
 
 def is_padded(model_ids: int, tokenizer_ids: int) -> bool:
-    """True for a model with some more ids than its tokenizer, as nanoGPT and llm.c make them: 50304 for GPT-2's 50257."""
-    return tokenizer_ids < model_ids < tokenizer_ids + MOST_PADDING_IDS
+    """True for a model with its tokenizer's ids rounded up, as nanoGPT and llm.c make them: 50304 for GPT-2's 50257."""
+    rounded_up = [math.ceil(tokenizer_ids / multiple) * multiple for multiple in PADDED_TO]
+    return model_ids > tokenizer_ids and model_ids in rounded_up
 
 
 def _check_same_shape(source: str, theirs: GPT2Config, ours: GPT2Config) -> None:
