@@ -132,11 +132,19 @@ class RunRecords:
             logger.info(line)
         self.folder.set_status("running", step=step)
         self.wandb.start(to_dict(self.config), self.folder.run_id, folder=self.folder.path)
-        for row in read_rows(log_path(self.folder.path, "metrics")):
-            if row["step"] == step:
-                self.wandb.log(row, again=True)
-        if rows := [row for row in read_rows(log_path(self.folder.path, "samples")) if row["step"] == step]:
-            self.wandb.log_samples(step, rows, again=True)
+        if self.wandb.pid is not None:
+            self._send_again(step)
+
+    def _send_again(self, step: int) -> None:
+        """Sends W&B the kept rows of the step that this start begins with: an earlier start may have held them back."""
+        metrics, samples = (
+            [row for row in read_rows(log_path(self.folder.path, name)) if row["step"] == step]
+            for name in ("metrics", "samples")
+        )
+        for row in metrics:
+            self.wandb.log(row, again=True)
+        if samples:
+            self.wandb.log_samples(step, samples, again=True)
 
     @contextmanager
     def noting_trouble(self) -> Iterator[None]:
@@ -250,14 +258,10 @@ class RunRecords:
         self.writer.wait()
         self.wandb.finish(self._ended or "failed", step_is_complete=self._ended == "finished" or self._due_step != step)
         try:
-            if self._in_flight in checkpoint.steps_in(
-                self.folder.checkpoints
-            ):  # saved, though the run has failed since
-                self._note_complete_save()
+            if self._in_flight in checkpoint.steps_in(self.folder.checkpoints):
+                self._note_complete_save()  # it is whole, though the run has failed since
             self.log.close()
-            has_run = (
-                self._begun or (self.folder.path / RUN).exists()
-            )  # else the folder is left as it was: free for any
+            has_run = self._begun or (self.folder.path / RUN).exists()  # else the folder stays as it was: free for any
             if failure is not None and has_run and self._ended is None:
                 self.folder.set_status("failed", step=step, reason=failure)
         except OSError as error:  # the disk that made the run fail cannot take the status either
