@@ -28,8 +28,9 @@ from toolkit.errors import UserError
 from toolkit.model.gpt2 import GPT2, load_canonical
 from toolkit.training import trainer as trainer_module
 from toolkit.training.audit import audit
+from toolkit.training.seeds import mixed_seed
 from toolkit.training.supervision import StopRequests
-from toolkit.training.trainer import StepResult, Trainer, mixed_seed
+from toolkit.training.trainer import StepResult, Trainer
 
 Fit = Callable[[TrainConfig], Path]
 

@@ -117,18 +117,6 @@ class Manifest:
         }
         return json.dumps(values, sort_keys=True, indent=1, allow_nan=False) + "\n"
 
-    @classmethod
-    def from_json(cls, data: bytes, *, where: str) -> "Manifest":
-        """The manifest in the bytes of a file.
-
-        Raises: UserError if it is not one of ours to the letter: another schema, unknown or missing keys, values out of
-        bounds, unsafe file names, totals that do not fit.
-        """
-        try:
-            return _parse_manifest(data)
-        except UserError as error:
-            raise UserError(f"{where}: {error}; put the file back as it was made, or make the set again") from None
-
 
 def _manifest_problems(manifest: Manifest) -> list[str]:
     tokenizer, shards = manifest.tokenizer, [shard for split in manifest.splits.values() for shard in split]
@@ -279,10 +267,17 @@ def read_manifest_file(folder: Path) -> bytes:
 
 
 def decode_manifest(data: bytes, *, where: str) -> Manifest:
-    """The manifest in the bytes of a file, bounded in size."""
+    """The manifest in the bytes of a file.
+
+    Raises: UserError if it is not one of ours to the letter: too large, another schema, unknown or missing keys, values out
+    of bounds, unsafe file names, totals that do not fit.
+    """
     if len(data) > MAX_MANIFEST_BYTES:
         raise UserError(f"{where} is larger than {MAX_MANIFEST_BYTES} bytes, more than any manifest of ours")
-    return Manifest.from_json(data, where=where)
+    try:
+        return _parse_manifest(data)
+    except UserError as error:
+        raise UserError(f"{where}: {error}; put the file back as it was made, or make the set again") from None
 
 
 def own_tokenizer_file(folder: Path, manifest: Manifest) -> Path | None:

@@ -5,7 +5,9 @@ on the CPU. Turning ids into text is the caller's business.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from itertools import islice
 
 import numpy as np
 import torch
@@ -46,7 +48,18 @@ def generate(
     start = list(prompt_ids) or ([eot_id] if eot_id is not None and eot_id < vocab_size else [])
     if not start:
         raise UserError("the prompt is empty and the model has no end-of-text token to start from; give a prompt")
-    return _samples(model, start, max_new_tokens, temperature, top_k, top_p, seed, num_samples, eot_id, vocab_size)
+    pick = partial(draw, temperature=temperature, top_k=top_k, top_p=top_p)
+
+    def samples() -> Iterator[tuple[int, int]]:
+        for sample in range(num_samples):
+            stream = torch.Generator().manual_seed(_stream_seed(seed, sample))
+            tokens = _continuation(model, start, partial(pick, generator=stream), vocab_size=vocab_size)
+            for token in islice(tokens, max_new_tokens):
+                if token == eot_id:
+                    break
+                yield sample, token
+
+    return samples()
 
 
 def _check_settings(
@@ -69,33 +82,20 @@ def _check_settings(
         raise UserError("; ".join(problems))
 
 
-def _samples(
-    model: GPT2,
-    start: list[int],
-    max_new_tokens: int,
-    temperature: float,
-    top_k: int | None,
-    top_p: float | None,
-    seed: int,
-    num_samples: int,
-    eot_id: int | None,
-    vocab_size: int,
-) -> Iterator[tuple[int, int]]:
-    for sample in range(num_samples):
-        generator = torch.Generator().manual_seed(_stream_seed(seed, sample))
-        ids = list(start)
-        cache, new_ids = None, ids[-model.config.context_length :]
-        for _ in range(max_new_tokens):
-            if cache is None or cache.length + len(new_ids) > cache.capacity:
-                cache = KVCache(model, batch_size=1)
-                new_ids = new_ids if len(ids) == len(start) else ids[-max(1, cache.capacity // 2) :]
-            logits = _next_logits(model, new_ids, cache)[:vocab_size]
-            token = draw(logits, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator)
-            if token == eot_id:
-                break
-            yield sample, token
-            ids.append(token)
-            new_ids = [token]
+def _continuation(
+    model: GPT2, start: Sequence[int], pick: Callable[[Tensor], int], *, vocab_size: int
+) -> Iterator[int]:
+    """Token after token, without end, each picked from the logits of those before."""
+    ids = list(start)
+    cache, new_ids = None, ids[-model.config.context_length :]
+    while True:
+        if cache is None or cache.length + len(new_ids) > cache.capacity:
+            cache = KVCache(model, batch_size=1)
+            new_ids = new_ids if len(ids) == len(start) else ids[-max(1, cache.capacity // 2) :]
+        token = pick(_next_logits(model, new_ids, cache)[:vocab_size])
+        yield token
+        ids.append(token)
+        new_ids = [token]
 
 
 def _stream_seed(seed: int, sample: int) -> int:

@@ -29,7 +29,6 @@ from torch import Tensor, nn
 
 from toolkit.config import (
     MAY_DIFFER_BETWEEN_MACHINES,
-    GPT2Config,
     Precision,
     TrainConfig,
     differences,
@@ -45,16 +44,14 @@ from toolkit.evaluation.loss import evaluate
 from toolkit.failpoint import failpoint, is_set
 from toolkit.model.gpt2 import (
     GPT2,
-    canonical_differences,
-    canonical_shapes,
     canonical_tensors,
-    cut,
     flops_per_token,
     load_canonical,
     num_parameters,
 )
 from toolkit.model.huggingface import config_json, is_padded, load_weights
 from toolkit.training import checkpoint
+from toolkit.training.compatibility import refuse_unsavable, refuse_unsteppable
 from toolkit.training.environment import (
     configure_torch,
     cpu_is_asked_for,
@@ -85,6 +82,7 @@ from toolkit.training.processes import Processes, restartable_init_method
 from toolkit.training.progress import Progress, configure_logging
 from toolkit.training.records import RunRecords
 from toolkit.training.schedule import learning_rate_multiplier
+from toolkit.training.seeds import mixed_seed, seed_generators
 from toolkit.training.spikes import SpikeDetector
 from toolkit.training.supervision import StopRequests, Watchdog
 
@@ -804,11 +802,11 @@ class Trainer:
                 )
             if config.model.init_from is not None and self._start is None:
                 self._init_from(model, config.model.init_from)
-        _refuse_unsavable(model, config.model)
+        refuse_unsavable(model, config.model)
         with self.processes.together(), self._naming_missing_memory("the weights"):
             self.raw_model: GPT2 = model.to(self.device)  # type: ignore[assignment]  # or one's own with the same verbs
         self.raw_optimizer = optimizer or build_optimizer(model, config.optimizer, device_type=self.device.type)
-        _refuse_unsteppable(self.raw_optimizer, model)
+        refuse_unsteppable(self.raw_optimizer, model)
         updated = {id(parameter) for group in self.raw_optimizer.param_groups for parameter in group["params"]}
         for parameter in self.raw_model.parameters():
             if id(parameter) not in updated:  # an optimizer of one's own leaves it as it is: it needs no gradient
@@ -1084,85 +1082,11 @@ class _Facts:
     digest: int
 
 
-def _refuse_unsavable(model: nn.Module, config: GPT2Config) -> None:
-    """Raises UserError unless a checkpoint, which holds what the recipe's GPT-2 holds, can hold this model."""
-    own = getattr(model, "config", None)
-    tensors: dict[str, Tensor] = model.state_dict()
-    problems = []
-    if isinstance(own, GPT2Config):
-        tensors = {name: cut(name, tensor, own) for name, tensor in tensors.items()}
-    else:
-        problems.append("has no GPT2Config as its config")
-    missing, unknown, misshapen = canonical_differences(tensors, config)
-    problems += [f"has {name}" for name in unknown] + [f"lacks {name}" for name in missing]
-    shapes = canonical_shapes(config)
-    problems += [f"has {name} of shape {tuple(tensors[name].shape)}, not {shapes[name]}" for name in misshapen]
-    if problems:
-        more = f", and {len(problems) - 3} more" if len(problems) > 3 else ""
-        raise UserError(
-            f"{type(model).__name__} is not the GPT-2 of model.* that checkpoints hold: it {', '.join(problems[:3])}{more}; "
-            "subclass GPT2 without other parameters, and register buffers with persistent=False"
-        )
-    if isinstance(own, GPT2Config) and own.n_head != config.n_head:  # which no shape shows
-        raise UserError(
-            f"{type(model).__name__} has n_head={own.n_head} and the recipe model.n_head={config.n_head}; make it from the "
-            "recipe's model settings"
-        )
-    narrow = [f"{name} in {p.dtype}" for name, p in model.named_parameters() if p.dtype != torch.float32]
-    if narrow:
-        raise UserError(
-            f"{type(model).__name__} has {narrow[0]}, but weights are trained in torch.float32, whatever the precision of "
-            "the products; hand over model.float()"
-        )
-
-
-def _refuse_unsteppable(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
-    """Raises UserError for an optimizer whose step, or whose state on the disk, is not one of ours."""
-    own = {id(parameter) for parameter in model.parameters()}
-    updated = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    if any(id(parameter) not in own for parameter in updated):
-        raise UserError(
-            f"{type(optimizer).__name__} has parameters that {type(model).__name__} does not have; make it from "
-            "model.parameters() of the model that is handed to the trainer with it"
-        )
-    if isinstance(optimizer, torch.optim.LBFGS):
-        raise UserError("LBFGS evaluates the loss within its step; use an optimizer that steps from gradients")
-    if any(isinstance(group["lr"], Tensor) for group in optimizer.param_groups):
-        raise UserError(
-            f"{type(optimizer).__name__} has a tensor as its learning rate; give a number: schedule.* changes it"
-        )
-
-
 def _allocate_gradients(parameters: list[nn.Parameter]) -> None:
     """Gives every parameter that has none a gradient of zeros."""
     for parameter in parameters:
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
-
-
-def mixed_seed(seed: int, step: int, index: int) -> int:
-    """A 63-bit seed in which neighbouring steps and micro-batches have nothing in common.
-
-    Source: the finaliser of SplitMix64 (Steele, Lea and Flood 2014), applied to each number in turn.
-    """
-    value = 0
-    for number in (seed, step, index):
-        value = (value + number + 0x9E3779B97F4A7C15) % 2**64
-        value = (value ^ (value >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
-        value = (value ^ (value >> 27)) * 0x94D049BB133111EB % 2**64
-        value ^= value >> 31
-    return value >> 1
-
-
-def seed_generators(seed: int, device: torch.device) -> None:
-    """Seeds the host's generator of random numbers and the device's.
-
-    Why not `torch.manual_seed`: it also queues seeds for the kinds of devices that are not in use, each with a stack trace;
-    0.5 ms a micro-batch (torch 2.13, November 2026).
-    """
-    torch.default_generator.manual_seed(seed)
-    if device.type != "cpu":
-        torch.get_device_module(device).manual_seed(seed)
 
 
 def _accelerator(precision: Precision, *, watchdog_minutes: float) -> Accelerator:
