@@ -25,6 +25,7 @@ from tests.wandb_reader import offline_runs
 from tests.wandb_server import WandbServer
 from toolkit.config import RunConfig, SamplingConfig, TrainConfig, WandbConfig, to_dict
 from toolkit.errors import UserError
+from toolkit.training import trainer as trainer_module
 from toolkit.training.metrics import RunLog, read_rows
 from toolkit.training.trainer import Trainer
 from toolkit.training.wandb_mirror import WandbMirror, has_key, resolve_mode
@@ -322,6 +323,26 @@ def test_a_step_whose_evaluation_a_stop_cut_short_is_sent_as_a_whole_by_the_next
         assert rows[recorded["step"]].items() >= recorded.items()
     assert [row["step"] for row in second.rows if "loss/val" in row] == [4, 8]
     assert [row["step"] for row in second.rows if "samples/path" in row] == [4, 8]
+
+
+def test_a_step_in_whose_evaluation_a_run_failed_is_sent_as_a_whole_by_the_next_start(
+    tiny: TrainConfig, fit: Callable[[TrainConfig], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = replace(tiny, run=RunConfig(dir=str(tmp_path / "run")), wandb=WandbConfig(mode="offline"))
+    for part in ("evaluate", "generate"):
+        with monkeypatch.context() as patch:
+
+            def fail(model: object, *arguments: object, **settings: object) -> None:
+                raise UserError("as on a device that is gone")
+
+            patch.setattr(trainer_module, part, fail)
+            with pytest.raises(UserError, match="a device that is gone"):
+                fit(config)
+    folder = fit(config)
+    runs = offline_runs(folder)
+    assert [row["step"] for run in runs for row in run.rows] == list(range(1, 9))
+    assert [row["step"] for row in runs[-1].rows if "loss/val" in row] == [4, 8]
+    assert [row["step"] for row in runs[-1].rows if "samples/path" in row] == [4, 8]
 
 
 @pytest.mark.parametrize("evaluates", [True, False])

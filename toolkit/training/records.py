@@ -41,7 +41,6 @@ class RunRecords:
         self.wandb = WandbMirror(config.wandb)
         self._in_flight: int | None = None  # the step of a save in the background
         self._begun = False
-        self._due_step: int | None = None  # of which the next start has an evaluation or samples to make
         self._ended: Literal["finished", "preempted"] | None = None
         try:
             before = self.folder.status() or {}
@@ -126,7 +125,6 @@ class RunRecords:
 
         self.folder.record()
         self._begun = True
-        self._due_step = step if evaluation_due or sampling_due else None
         first = 1 if self._branched_from is None else None  # a branch begins where its first start began
         for line in self.log.truncate_after(step, first=first, again=again):
             logger.info(line)
@@ -201,7 +199,6 @@ class RunRecords:
 
         Raises: UserError if this save (blocking) or the one before (in the background) failed.
         """
-        self._due_step = step if state.get("evaluation_due") or state.get("sampling_due") else None
         self.folder.refuse_replaced()
         self.log.sync()  # the rows up to a checkpoint are as durable as the checkpoint
         extra = self.folder.copies()
@@ -253,10 +250,13 @@ class RunRecords:
             row = points[index * (len(points) - 1) // max(1, shown - 1)]
             yield f"{row['step']:>8}    {row['loss/val']:>15.4f}    {row['bits_per_byte/val']:>13.4f}"
 
-    def close(self, *, step: int, failure: str | None) -> None:
-        """Ends W&B's run, closes the logs and lets go of the folder; never raises."""
+    def close(self, *, step: int, failure: str | None, step_is_complete: bool) -> None:
+        """Ends W&B's run, closes the logs and lets go of the folder; never raises.
+
+        Unless `step_is_complete`, an evaluation or samples of this step are still to be made, by the next start.
+        """
         self.writer.wait()
-        self.wandb.finish(self._ended or "failed", step_is_complete=self._ended == "finished" or self._due_step != step)
+        self.wandb.finish(self._ended or "failed", step_is_complete=self._ended == "finished" or step_is_complete)
         try:
             if self._in_flight in checkpoint.steps_in(self.folder.checkpoints):
                 self._note_complete_save()  # it is whole, though the run has failed since

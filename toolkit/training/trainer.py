@@ -404,36 +404,41 @@ class Trainer:
     def sample(self) -> None:
         """Texts that the model writes now, into samples.jsonl and W&B; drawn by the main process alone."""
         self._refuse_before_resume()
-        self.sampled_step = self.step
         if self.records is None or not isinstance(self.raw_model, GPT2):
+            self.sampled_step = self.step
             return
-        settings = self.config.sampling
-        drawn: list[list[int]] = [[] for _ in range(settings.num_samples)]
         with self.records.noting_trouble(), self.accelerator.autocast():
-            for index, token in generate(
-                self.raw_model,
-                self.tokenizer.encode(settings.prompt),
-                max_new_tokens=settings.max_new_tokens,
-                temperature=settings.temperature,
-                top_k=settings.top_k,
-                seed=mixed_seed(self.config.training.seed, self.step, 0),
-                num_samples=settings.num_samples,
-                eot_id=self.tokenizer.eot_id,
-            ):
-                drawn[index].append(token)
-            rows: list[dict[str, Any]] = [
-                {
-                    "step": self.step,
-                    "tokens": self.tokens,
-                    "sample": index,
-                    "prompt": settings.prompt,
-                    "text": settings.prompt + self.tokenizer.decode(ids),
-                }
-                for index, ids in enumerate(drawn)
-            ]
+            rows = self._samples(self.raw_model)
             self.records.append_samples(self.step, rows)
             self._say(f"step {self.step}: sample: {rows[0]['text'][:200]!r}")
+            self.sampled_step = self.step
         self.watchdog.feed()
+
+    def _samples(self, model: GPT2) -> list[dict[str, Any]]:
+        """One row for each text; written by the main process alone."""
+        settings = self.config.sampling
+        drawn: list[list[int]] = [[] for _ in range(settings.num_samples)]
+        for index, token in generate(
+            model,
+            self.tokenizer.encode(settings.prompt),
+            max_new_tokens=settings.max_new_tokens,
+            temperature=settings.temperature,
+            top_k=settings.top_k,
+            seed=mixed_seed(self.config.training.seed, self.step, 0),
+            num_samples=settings.num_samples,
+            eot_id=self.tokenizer.eot_id,
+        ):
+            drawn[index].append(token)
+        return [
+            {
+                "step": self.step,
+                "tokens": self.tokens,
+                "sample": index,
+                "prompt": settings.prompt,
+                "text": settings.prompt + self.tokenizer.decode(ids),
+            }
+            for index, ids in enumerate(drawn)
+        ]
 
     def log(self, result: StepResult) -> None:
         """Writes the step's row to metrics.jsonl, W&B and the progress bar, and its ledger row; stops on bad numbers.
@@ -622,7 +627,8 @@ class Trainer:
         gc.unfreeze()
         self.progress.close()
         if self.records is not None:
-            self.records.close(step=self.step, failure=failure)
+            is_complete = not self._evaluation_is_missing() and not self._samples_are_missing()
+            self.records.close(step=self.step, failure=failure, step_is_complete=is_complete)
         self.processes.settle()
         if failure is None:  # after a failure, peers may be gone and taking leave of them would wait for ever
             self.accelerator.end_training()
@@ -685,15 +691,20 @@ class Trainer:
             "skipped_in_a_row": self.skipped_in_a_row,
             "skipped_samples": self.skipped_samples,
             "evaluated_step": self.evaluated_step,
-            "evaluation_due": self.due(self.config.training.eval_every) and self.evaluated_step != self.step,
+            "evaluation_due": self._evaluation_is_missing(),
             "sampled_step": self.sampled_step,
-            "sampling_due": self.due(self.config.training.sample_every, at_end=False)
-            and self.sampled_step != self.step,
+            "sampling_due": self._samples_are_missing(),
             "validation_loss": self.last_loss,
             "loss_history": list(self.spikes.history),
             "scaler": scaler.state_dict() if scaler is not None else None,
             "optimizer": optimizer_scalars(self.raw_optimizer),
         }
+
+    def _evaluation_is_missing(self) -> bool:
+        return self.due(self.config.training.eval_every) and self.evaluated_step != self.step
+
+    def _samples_are_missing(self) -> bool:
+        return self.due(self.config.training.sample_every, at_end=False) and self.sampled_step != self.step
 
     # ----------------------------------------------------------------------------------------------------- preparations
 
