@@ -23,6 +23,7 @@ CONTENDERS = {
     "transformers-trainer",
     "ceiling",
 }
+AS_IT_COMES = "transformers-trainer-fp32"  # a contender of its own in a table of bf16
 
 
 def bench(*arguments: str) -> str:
@@ -67,7 +68,9 @@ def test_step_speed_measures_all_contenders_and_writes_a_table_and_a_picture(tmp
     assert printed.count("step by step in turns") == 4  # two in each precision
     half = json.loads((tmp_path / "step-tiny-bf16-32-64.json").read_text())
     rows_of_half = {row["contender"] for row in half["rows"]}
-    assert rows_of_half == {name for name in CONTENDERS if cpu_has_bf16() or not name.startswith("transformers")}
+    fast = {name for name in CONTENDERS if cpu_has_bf16() or not name.startswith("transformers")}
+    assert rows_of_half == fast | {AS_IT_COMES}
+    assert {ratio["target"] for ratio in half["ratios"] if ratio["over"] == AS_IT_COMES} == {2.5}
 
 
 def test_loader_prepare_and_checkpoint_speed_in_short(tmp_path: Path) -> None:

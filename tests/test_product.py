@@ -136,21 +136,23 @@ class ProductRows(TorchDispatchMode):
 
 
 @pytest.mark.parametrize(
-    ("threads", "rows", "width", "expected"),
+    ("amx", "threads", "rows", "width", "expected"),
     [
-        (2, 1024, 768, [512, 512]),
-        (2, 1023, 768, [512, 511]),
-        (1, 1024, 768, [1024]),
-        (4, 1024, 768, [1024]),
-        (2, 512, 768, [512]),  # oneDNN divides these by itself
-        (2, 2048, 768, [2048]),
-        (2, 1024, 1600, [1024]),
+        (True, 2, 1024, 768, [512, 512]),
+        (True, 2, 1023, 768, [512, 511]),
+        (True, 1, 1024, 768, [1024]),
+        (True, 4, 1024, 768, [1024]),
+        (True, 2, 512, 768, [512]),  # oneDNN divides these by itself
+        (True, 2, 2048, 768, [2048]),
+        (True, 2, 1024, 1600, [1024]),
+        (False, 2, 1024, 768, [1024]),
     ],
 )
 def test_a_product_that_one_of_two_threads_would_make_alone_is_made_in_halves(
-    monkeypatch: pytest.MonkeyPatch, threads: int, rows: int, width: int, expected: list[int]
+    monkeypatch: pytest.MonkeyPatch, amx: bool, threads: int, rows: int, width: int, expected: list[int]
 ) -> None:
     monkeypatch.setattr(product, "cpu_has_bf16", lambda: True)
+    monkeypatch.setattr(product, "cpu_has_amx", lambda: amx)
     monkeypatch.setattr(product, "num_threads", lambda: threads)
     inputs, weight = normal(1, rows, 24, seed=1).requires_grad_(), normal(24, width, seed=2).requires_grad_()
     bias = normal(width, seed=3).requires_grad_()

@@ -9,7 +9,8 @@ Contenders, all on the same number of random tokens a step, in one micro-batch:
 - toolkit-bare, toolkit-bare-compiled: a bare loop around this toolkit's own model: what Trainer and Accelerate cost is
   the difference, which on a CPU is measured once more with both in one process, step by step in turns;
 - transformers, transformers-compiled: GPT2LMHeadModel in a bare PyTorch loop, SDPA on, the loss inside the model;
-- transformers-trainer: the same model in `transformers.Trainer` with its defaults, nothing saved or reported.
+- transformers-trainer: the same model in `transformers.Trainer` with its defaults but for the precision, nothing saved or
+  reported; transformers-trainer-fp32, in a table of bf16: with all its defaults, which compute in fp32.
 The ceiling is the rate of plain matrix products of the model's own shapes, forward and backward. In bf16 on a CPU without
 instructions for it, these products are fp32's, and `transformers` runs only if it is named: a step of 124M takes minutes there.
 
@@ -81,6 +82,7 @@ CONTENDERS = (
     "transformers",
     "transformers-compiled",
     "transformers-trainer",
+    "transformers-trainer-fp32",
     "ceiling",
 )
 # What Trainer and Accelerate cost: these two differ by less than a machine does from one minute to the next.
@@ -89,6 +91,8 @@ BARE_LOOP_OF = {"toolkit": "toolkit-bare", "toolkit-compiled": "toolkit-bare-com
 # On a GPU, where the step is compiled unless told otherwise, it is the compiled one that is compared with the bare loop.
 SPEED_TARGETS = (
     ("toolkit-compiled", "transformers-compiled", 1.3),
+    # The target is against Trainer with its defaults, which compute in fp32; told bf16, it is held against the same number.
+    ("toolkit-compiled", "transformers-trainer-fp32", 2.5),
     ("toolkit-compiled", "transformers-trainer", 2.5),
     ("toolkit", "toolkit-bare", 0.98),
     ("toolkit-compiled", "toolkit-bare-compiled", 0.98),
@@ -234,7 +238,7 @@ def time_in_turns(first: Callable[[], Any], second: Callable[[], Any], *, pairs:
     return statistics.median(times[first]), statistics.median(times[second])
 
 
-def their_trainer_steps(arguments: argparse.Namespace) -> float:
+def their_trainer_steps(arguments: argparse.Namespace, *, bf16: bool) -> float:
     """Seconds from one step's end to the next in `transformers.Trainer`, its batches included, after the warm-up."""
     import transformers
 
@@ -254,7 +258,7 @@ def their_trainer_steps(arguments: argparse.Namespace) -> float:
             output_dir=temporary,
             max_steps=WARMUP_STEPS + arguments.steps,
             per_device_train_batch_size=batch,
-            bf16=arguments.precision == "bf16",
+            bf16=bf16,
             save_strategy="no",
             report_to="none",
             disable_tqdm=True,
@@ -305,8 +309,9 @@ def measure(arguments: argparse.Namespace, contender: str) -> dict[str, float]:
     libraries = peak_memory_gib(device) if device.type == "cpu" else 0.0
     if contender == "ceiling":
         seconds = ceiling_seconds(arguments)
-    elif contender == "transformers-trainer":
-        seconds = their_trainer_steps(arguments)
+    elif contender.startswith("transformers-trainer"):
+        told_bf16 = arguments.precision == "bf16" and not contender.endswith("fp32")
+        seconds = their_trainer_steps(arguments, bf16=told_bf16)
     elif contender in ("toolkit", "toolkit-compiled"):
         with toolkit_step(arguments, compiled=contender.endswith("compiled")) as step:
             seconds = time_steps(step, steps=arguments.steps, device=device)
@@ -483,13 +488,15 @@ def run_shape(arguments: argparse.Namespace) -> None:
 
 
 def default_contenders(precision: Precision, device: str) -> list[str]:
-    """All that finish their steps in seconds."""
+    """All that finish their steps in seconds, each once."""
+    if precision == "fp32":
+        return [name for name in CONTENDERS if name != "transformers-trainer-fp32"]
     if not slow_precision(precision, torch.device(device)):
         return list(CONTENDERS)
     print(
         "this CPU has no bf16 instructions: without transformers, whose steps would take 50 times as long", flush=True
     )
-    return [name for name in CONTENDERS if not name.startswith("transformers")]
+    return [name for name in CONTENDERS if name == "transformers-trainer-fp32" or not name.startswith("transformers")]
 
 
 def main() -> None:
