@@ -1,4 +1,4 @@
-"""The backward pass of attention in tiles: its numbers, what a compiled program keeps for it, and where it is not used."""
+"""Compiled attention on a CPU, in rows and tiles: its numbers, what is kept for the backward pass, and where it is not used."""
 
 from collections.abc import Callable
 
@@ -11,7 +11,13 @@ from torch._functorch.partitioners import min_cut_rematerialization_partition
 from tests.support import exact_attention
 from toolkit.config import GPT2Config
 from toolkit.model import product
-from toolkit.model.attention import MOST_TILED_ROWS, attention, attention_gradients
+from toolkit.model.attention import (
+    LONGEST_IN_ROWS,
+    MOST_TILED_ROWS,
+    attention,
+    attention_gradients,
+    attention_in_rows,
+)
 from toolkit.model.gpt2 import GPT2
 
 FUSED = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -45,7 +51,14 @@ def errors(found: tuple[Tensor, ...], exact: tuple[Tensor, ...]) -> list[float]:
     return [((a.double() - b).norm() / b.norm()).item() for a, b in zip(found, exact, strict=True)]
 
 
-@pytest.mark.parametrize(
+@pytest.fixture(params=["amx_bf16", "avx512_bf16", ""], ids=["amx", "avx512", "others"])
+def units(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """What the CPU multiplies with, as far as attention looks."""
+    monkeypatch.setattr("toolkit.model.attention.cpu_units", lambda: request.param)
+    return str(request.param)
+
+
+in_tiles = pytest.mark.parametrize(
     ("shape", "num_tiles"),
     [
         ((2, 3, 64, 16), 1),
@@ -56,7 +69,33 @@ def errors(found: tuple[Tensor, ...], exact: tuple[Tensor, ...]) -> list[float]:
         ((1, 2, 2, 8), 1),
     ],
 )
-def test_gradients_in_tiles_are_those_of_attention_to_fp32s_rounding(shape: tuple[int, ...], num_tiles: int) -> None:
+
+
+@in_tiles
+def test_attention_in_rows_is_attention_to_fp32s_rounding(shape: tuple[int, ...], num_tiles: int) -> None:
+    query, key, value, _ = inputs(*shape, torch.float32)  # type: ignore[misc]
+    out, log_sums = attention_in_rows(query, key, value, num_tiles=num_tiles)
+    wide = [part.double() for part in (query, key, value)]
+    causal = torch.ones(shape[2], shape[2], dtype=torch.bool).tril()
+    scores = (wide[0] @ wide[1].mT / shape[3] ** 0.5).masked_fill(~causal, -torch.inf)
+    assert out.shape == torch.Size(shape)
+    assert max(errors((out,), (exact_attention(*wide, causal),))) < 1e-6
+    assert max(errors((log_sums,), (scores.logsumexp(-1),))) < 1e-6
+
+
+@pytest.mark.parametrize("scale", [0.3, 1.0, 3.0, 10.0], ids=["even", "usual", "sharp", "sharpest"])
+def test_the_error_of_rows_in_bf16_is_near_that_of_torchs_kernel_however_sharp_attention_is(scale: float) -> None:
+    query, key, value, _ = inputs(1, 4, 512, 64, torch.bfloat16, scale=scale)
+    causal = torch.ones(512, 512, dtype=torch.bool).tril()
+    exact = exact_attention(query.double(), key.double(), value.double(), causal)
+    of_torch = errors((FUSED(query, key, value, is_causal=True)[0],), (exact,))[0]
+    assert errors((attention_in_rows(query, key, value, num_tiles=4)[0],), (exact,))[0] < 2 * of_torch
+
+
+@in_tiles
+def test_gradients_in_tiles_are_those_of_attention_to_fp32s_rounding(
+    units: str, shape: tuple[int, ...], num_tiles: int
+) -> None:
     *parts, grad = inputs(*shape, torch.float32)  # type: ignore[misc]
     out, log_sums = FUSED(*parts, is_causal=True)
     found = attention_gradients(grad, *parts, out, log_sums, num_tiles=num_tiles)
@@ -65,7 +104,7 @@ def test_gradients_in_tiles_are_those_of_attention_to_fp32s_rounding(shape: tupl
 
 
 @pytest.mark.parametrize("scale", [0.3, 1.0, 3.0], ids=["even", "usual", "sharp"])
-def test_the_error_in_bf16_is_that_of_torchs_kernel_however_sharp_attention_is(scale: float) -> None:
+def test_the_error_in_bf16_is_that_of_torchs_kernel_however_sharp_attention_is(units: str, scale: float) -> None:
     *parts, grad = inputs(1, 4, 512, 64, torch.bfloat16, scale=scale)
     out, log_sums = FUSED(*parts, is_causal=True)
     exact = exact_gradients(*parts, grad)
@@ -109,7 +148,9 @@ def compiled_gradients(
 
 
 @pytest.mark.parametrize("length", [1, 64, 96, 100, 512, 1024])
-def test_a_compiled_backward_pass_is_computed_in_tiles_and_keeps_what_the_fused_one_keeps(length: int) -> None:
+def test_a_compiled_backward_pass_is_computed_in_tiles_and_keeps_what_the_fused_one_keeps(
+    units: str, length: int
+) -> None:
     *parts, grad = inputs(2, 2, length, 16, torch.bfloat16)
     graphs = Graphs()
     found = compiled_gradients(graphs, parts, grad)
@@ -118,7 +159,9 @@ def test_a_compiled_backward_pass_is_computed_in_tiles_and_keeps_what_the_fused_
     bmm = torch.ops.aten.bmm.default
     assert bmm in graphs.operations["backward"]
     assert FUSED_BACKWARD not in graphs.operations["backward"]
-    assert bmm not in graphs.operations["forward"]
+    in_rows = units == "avx512_bf16" and length <= LONGEST_IN_ROWS
+    assert (bmm in graphs.operations["forward"]) == in_rows
+    assert (FUSED.default in graphs.operations["forward"]) == (not in_rows)
     log_sums_bytes = 2 * 2 * length * 4  # batch, heads, positions, fp32
     assert graphs.forward_bytes == parts[0].nbytes + log_sums_bytes
 
@@ -144,8 +187,13 @@ def test_where_tiles_do_not_fit_or_gain_the_fused_kernel_is_left_alone(
     assert torch.ops.aten.exp.default not in graphs.operations["backward"]
 
 
-@pytest.mark.parametrize("checkpointing", ["none", "block"])
-def test_a_compiled_model_has_the_loss_and_the_gradients_of_the_uncompiled_one(checkpointing: str) -> None:
+@pytest.mark.parametrize(
+    ("units", "checkpointing"), [("amx_bf16", "none"), ("amx_bf16", "block"), ("avx512_bf16", "none")]
+)
+def test_a_compiled_model_has_the_loss_and_the_gradients_of_the_uncompiled_one(
+    monkeypatch: pytest.MonkeyPatch, units: str, checkpointing: str
+) -> None:
+    monkeypatch.setattr("toolkit.model.attention.cpu_units", lambda: units)
     config = GPT2Config(n_layer=2, n_head=2, n_embd=33 * 2, context_length=128, vocab_size=257)
     batch = torch.randint(257, (2, 128), generator=torch.Generator().manual_seed(1))
     losses, gradients = [], []

@@ -29,7 +29,7 @@ from toolkit.model.gpt2 import (
     num_parameters,
     pad,
 )
-from toolkit.model.loss import cross_entropy
+from toolkit.model.loss import cross_entropy, mean_cross_entropy
 from toolkit.training.environment import configure_torch
 from toolkit.training.plan import saved_activation_bytes
 
@@ -235,6 +235,19 @@ def test_fp16_gradients_under_a_grad_scaler_neither_vanish_nor_overflow() -> Non
     scaler.scale(loss).backward()
     scaler.unscale_(optimizer)
     assert worst_difference(gradients(model), plain) < 0.01
+
+
+@pytest.mark.parametrize("gradients", [True, False])
+def test_a_target_too_improbable_for_fp32_has_its_loss_all_the_same(gradients: bool) -> None:
+    """Its probability, exp(-300), is 0 in fp32."""
+    hidden = torch.tensor([[100.0, 0.0]], requires_grad=gradients)
+    weight = torch.tensor([[2.0, 0.0], [-1.0, 0.0], [0.0, 0.0]], requires_grad=gradients)
+    loss = mean_cross_entropy(hidden, weight, torch.tensor([1]), vocab_size=2, chunk_tokens=16)
+    assert loss.item() == 300.0
+    if gradients:
+        loss.backward()
+        assert hidden.grad is not None
+        assert hidden.grad.tolist() == [[3.0, 0.0]]
 
 
 def test_compiled_whole_model_has_the_plain_loss_and_gradients() -> None:

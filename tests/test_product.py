@@ -14,6 +14,7 @@ from toolkit.model.product import affine, multiply, operand
 BF16_ROUNDING = 2.0**-8  # relative, of one number
 TINY = GPT2Config(n_layer=2, n_head=2, n_embd=32, context_length=24, vocab_size=257)
 PRODUCTS = {"mm", "addmm", "addmm_", "bmm", "baddbmm"}
+AMX = "amx_bf16"
 FUSED_ATTENTION = "_scaled_dot_product_flash_attention_for_cpu"  # and _backward
 
 
@@ -136,23 +137,23 @@ class ProductRows(TorchDispatchMode):
 
 
 @pytest.mark.parametrize(
-    ("amx", "threads", "rows", "width", "expected"),
+    ("units", "threads", "rows", "width", "expected"),
     [
-        (True, 2, 1024, 768, [512, 512]),
-        (True, 2, 1023, 768, [512, 511]),
-        (True, 1, 1024, 768, [1024]),
-        (True, 4, 1024, 768, [1024]),
-        (True, 2, 512, 768, [512]),  # oneDNN divides these by itself
-        (True, 2, 2048, 768, [2048]),
-        (True, 2, 1024, 1600, [1024]),
-        (False, 2, 1024, 768, [1024]),
+        (AMX, 2, 1024, 768, [512, 512]),
+        (AMX, 2, 1023, 768, [512, 511]),
+        (AMX, 1, 1024, 768, [1024]),
+        (AMX, 4, 1024, 768, [1024]),
+        (AMX, 2, 512, 768, [512]),  # oneDNN divides these by itself
+        (AMX, 2, 2048, 768, [2048]),
+        (AMX, 2, 1024, 1600, [1024]),
+        ("avx512_bf16", 2, 1024, 768, [1024]),
     ],
 )
 def test_a_product_that_one_of_two_threads_would_make_alone_is_made_in_halves(
-    monkeypatch: pytest.MonkeyPatch, amx: bool, threads: int, rows: int, width: int, expected: list[int]
+    monkeypatch: pytest.MonkeyPatch, units: str, threads: int, rows: int, width: int, expected: list[int]
 ) -> None:
     monkeypatch.setattr(product, "cpu_has_bf16", lambda: True)
-    monkeypatch.setattr(product, "cpu_has_amx", lambda: amx)
+    monkeypatch.setattr(product, "cpu_units", lambda: units)
     monkeypatch.setattr(product, "num_threads", lambda: threads)
     inputs, weight = normal(1, rows, 24, seed=1).requires_grad_(), normal(24, width, seed=2).requires_grad_()
     bias = normal(width, seed=3).requires_grad_()

@@ -28,9 +28,10 @@ def cpu_widens(dtype: torch.dtype) -> bool:
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def cpu_has_amx() -> bool:
-    """True if this CPU multiplies bf16 matrices on AMX units."""
-    return bool(torch.cpu.get_capabilities().get("amx_bf16"))
+def cpu_units() -> str:
+    """What this CPU multiplies bf16 matrices with: "amx_bf16", "avx512_bf16", or "" for anything else."""
+    capabilities = torch.cpu.get_capabilities()
+    return next((units for units in ("amx_bf16", "avx512_bf16") if capabilities.get(units)), "")
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
@@ -85,7 +86,7 @@ def _leaves_a_thread_idle(left: Tensor, right: Tensor) -> bool:
     """
     if left.dtype != torch.bfloat16 or left.device.type != "cpu" or left.stride(-1) != 1 or num_threads() != 2:
         return False
-    return cpu_has_amx() and 640 <= left.size(0) <= 1280 and 512 <= right.size(1) <= 1024
+    return cpu_units() == "amx_bf16" and 640 <= left.size(0) <= 1280 and 512 <= right.size(1) <= 1024
 
 
 def in_fp32(dtype: torch.dtype, tensor: Tensor) -> bool:
