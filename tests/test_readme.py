@@ -92,15 +92,19 @@ def test_what_it_says_of_speed_is_what_was_measured() -> None:
 
 def test_what_it_says_of_speed_without_a_gpu_is_what_was_measured() -> None:
     speeds = {}
-    for name in ("cpu", "cpu-amx"):
+    for name in ("cpu", "cpu-amx", "cpu-avx512bf16"):
         measured = json.loads((RESULTS / f"step-124M-bf16-512-1024-{name}.json").read_text())["rows"]
         speeds[name] = {row["contender"]: row["tokens_per_second"] for row in measured}
-    amx, plain = speeds["cpu-amx"], speeds["cpu"]
+    amx, avx512, plain = speeds["cpu-amx"], speeds["cpu-avx512bf16"], speeds["cpu"]
     assert f"with AMX {amx['toolkit']:.0f} tokens/s, {amx['toolkit-compiled']:,.0f} compiled" in WORDS
+    assert f"AVX-512's bf16 instructions {avx512['toolkit']:.0f} and {avx512['toolkit-compiled']:.0f};" in WORDS
     assert f"bf16 {plain['toolkit']:.0f} and {plain['toolkit-compiled']:.0f}, computed in fp32" in WORDS
     theirs = "`transformers` with AMX {0:.0f}, compiled {1:.0f}, its Trainer {2:.0f}"
     contenders = ("transformers", "transformers-compiled", "transformers-trainer")
     assert theirs.format(*(amx[name] for name in contenders)) in WORDS
+    numbers = ", ".join(f"{avx512[name]:.0f}" for name in contenders)
+    as_it_comes = f"{avx512['transformers-trainer-fp32']:.0f} for its Trainer as it comes, in fp32"
+    assert f"with AVX-512 {numbers}, and {as_it_comes}" in WORDS
     assert "with no instructions 3.1 each" in WORDS
     assert {round(plain[name], 1) for name in contenders[:2]} == {3.1}
 

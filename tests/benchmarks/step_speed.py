@@ -22,7 +22,7 @@ has started its kernels (21 of 25 to 30 ms), and the table shows the speed of Py
                                           [--precision fp32 bf16] [--device cpu|cuda] [--rounds 5] [--steps 3]
                                           [--contenders toolkit ceiling ...] [--out bench-results]
     python -m tests.benchmarks.step_speed --sequence-length 512 --precision fp32   # the first of four tables: half an hour
-    ONEDNN_MAX_CPU_ISA=AVX512_CORE_BF16 python -m tests.benchmarks.step_speed --precision bf16   # as on a CPU without AMX
+    ONEDNN_MAX_CPU_ISA=AVX512_CORE_BF16 python -m tests.benchmarks.step_speed --precision bf16   # oneDNN's products without AMX
     python -m tests.benchmarks.step_speed --device cuda --precision bf16 --tokens 32768 --sequence-length 1024 --steps 10
     python -m tests.benchmarks.step_speed --size tiny --tokens 128 --sequence-length 64 --rounds 1 --steps 1   # a look
     python -m tests.benchmarks.step_speed --tokens 8192 --sequence-length 1024   # the memory of micro-batch 8
