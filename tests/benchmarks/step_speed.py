@@ -64,6 +64,7 @@ from toolkit.data.manifest import Manifest, TokenizerInfo, write_manifest
 from toolkit.data.shards import ShardWriter, shard_file_name
 from toolkit.data.tokenizer import load_tokenizer
 from toolkit.model.gpt2 import GPT2, flops_per_token, padded_vocab_size
+from toolkit.model.product import cpu_units
 from toolkit.training.environment import (
     configure_torch,
     device_name,
@@ -447,10 +448,9 @@ def draw(rows: list[dict[str, Any]], path: Path, title: str) -> None:
 
 def units() -> str:
     """What this CPU multiplies with, which decides every rate; and what a user has forbidden oneDNN to use of it."""
-    has = torch.cpu.get_capabilities()
     limit = os.environ.get("ONEDNN_MAX_CPU_ISA")
-    best = torch.backends.cpu.get_cpu_capability()
-    name = next((name for flag, name in (("amx_bf16", "AMX"), ("avx512_bf16", "AVX512_BF16")) if has.get(flag)), best)
+    names = {"amx_bf16": "AMX", "avx512_bf16": "AVX512_BF16", "": torch.backends.cpu.get_cpu_capability()}
+    name = names[cpu_units()]
     return name + (f" with ONEDNN_MAX_CPU_ISA={limit}" if limit else "")
 
 

@@ -1,8 +1,9 @@
 """Matrix products in the data type that autocast asks for, also where a CPU has no instructions for it.
 
 Guarantees operands and results of that type. On a GPU, and in fp32, this is torch's own product; so it is on a CPU with bf16
-instructions, but for products on AMX units of which torch leaves one of two threads nothing (`_leaves_a_thread_idle`). On other CPUs
-torch computes bf16 products one number at a time (GPT-2 124M's shapes, 2 AVX2 cores: 1 to 35 GFLOP/s, and 140 in fp32).
+instructions, but for products on AMX units of which torch leaves one of two threads nothing (`_leaves_a_thread_idle`). On
+other CPUs torch computes bf16 products one number at a time (GPT-2 124M's shapes, 2 AVX2 cores: 1 to 35 GFLOP/s, and 140 in
+fp32).
 There the rounded operands are multiplied in fp32, which holds a product of two bf16 numbers exactly, and the result is
 rounded: the same numbers but for the order of the sums.
 

@@ -25,9 +25,8 @@ from toolkit.training.muon import MuonWithAdamW, muon_groups
 # itself, without asking the host, when a GradScaler has found an infinity.
 FUSED_DEVICES = frozenset({"cpu", "cuda", "mps", "xpu"})
 
-# Numbers whose squares are added up in one sum in fp32, which is then right to a millionth on every CPU: MKL keeps fewer sums
-# side by side on some, and is off by 1e-5 for 2**21 numbers there (a Zen 4, one thread; 4e-7 for 2**18, in 0.2 ms more for 12
-# million numbers).
+# Numbers whose squares are added up in one sum in fp32, which is then right to a millionth. Of 2**21 MKL's sum is off by 1e-5
+# on some CPUs (a Zen 4, one thread), of 2**18 by 4e-7, in 0.2 ms more for 12 million numbers.
 _NORM_PIECE = 2**18
 
 # What our algorithms keep for a parameter; all but AdamW's `step` (a scalar) have the parameter's shape.
