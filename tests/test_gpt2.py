@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 
 from toolkit.config import DataConfig, GPT2Config, TrainConfig, TrainingConfig, gpt2_config
 from toolkit.errors import UserError
-from toolkit.model import product
+from toolkit.model import gpt2, product
 from toolkit.model.gpt2 import (
     GPT2,
     KVCache,
@@ -250,8 +250,12 @@ def test_a_target_too_improbable_for_fp32_has_its_loss_all_the_same(gradients: b
         assert hidden.grad.tolist() == [[3.0, 0.0]]
 
 
-def test_compiled_whole_model_has_the_plain_loss_and_gradients() -> None:
+@pytest.mark.parametrize("recomputed_from", [72, 73], ids=["large", "small"])
+def test_compiled_whole_model_has_the_plain_loss_and_gradients(
+    recomputed_from: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     configure_torch(torch.device("cpu"), deterministic=False)  # what is recomputed differs with it
+    monkeypatch.setattr(gpt2, "RECOMPUTED_FROM", recomputed_from)
     # 72 positions: the last chunk is shorter. fullgraph: a graph break would be an error. One layer: it takes seconds.
     config = dataclasses.replace(TINY, n_layer=1)
     plain_loss, plain = plain_gradients(config)
@@ -355,6 +359,17 @@ def test_compilation_keeps_less_than_autograd_and_no_result_of_gelu_or_layer_nor
         training=TrainingConfig(tokens_per_step=positions, micro_batch_size=8, loss_chunk_tokens=64),
     )
     assert compiled < 0.8 * saved_activation_bytes(recipe, "bf16", micro_batch_size=8)  # which plan reckons with
+    assert saved_bytes_of_compiled(GPT2(TINY, seed=5, loss_chunk_tokens=16)) == compiled  # and nothing of a chunk
+
+
+def test_of_a_large_micro_batch_compilation_keeps_every_second_input_of_gelu(monkeypatch: pytest.MonkeyPatch) -> None:
+    configure_torch(torch.device("cpu"), deterministic=False)
+    positions, width, layers = 8 * 24, 32, 2
+    kept = []
+    for recomputed_from in (positions + 1, positions):
+        monkeypatch.setattr(gpt2, "RECOMPUTED_FROM", recomputed_from)
+        kept.append(saved_bytes_of_compiled(GPT2(TINY, seed=5, loss_chunk_tokens=64)))
+    assert kept[0] - kept[1] == layers // 2 * positions * 4 * width * 2
 
 
 class LiveBytes(TorchDispatchMode):
