@@ -90,6 +90,13 @@ def test_what_it_says_of_speed_is_what_was_measured() -> None:
         assert text.format(speed=int(speed), memory=memory) in WORDS, name
 
 
+def test_what_it_says_of_memory_without_a_gpu_is_what_was_measured() -> None:
+    measured = json.loads((RESULTS / "step-124M-bf16-1024-8192-cpu-avx512bf16.json").read_text())["rows"]
+    peaks = {row["contender"]: f"{row['peak_gib']:.1f}" for row in measured}
+    assert f"{peaks['toolkit']} GiB at micro-batch 8, {peaks['toolkit-compiled']} compiled" in WORDS
+    assert f"`transformers` {peaks['transformers']} and {peaks['transformers-compiled']}" in WORDS
+
+
 def test_what_it_says_of_speed_without_a_gpu_is_what_was_measured() -> None:
     speeds = {}
     for name in ("cpu", "cpu-amx", "cpu-avx512bf16"):

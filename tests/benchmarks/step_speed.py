@@ -33,6 +33,7 @@ import contextlib
 import importlib
 import itertools
 import json
+import math
 import multiprocessing
 import os
 import statistics
@@ -441,7 +442,8 @@ def draw(rows: list[dict[str, Any]], path: Path, title: str) -> None:
     memory.bar_label(memory.barh(names, [row["peak_gib"] for row in rows], color="#ccaa88"), fmt="%.2f", padding=3)
     memory.margins(x=0.2)
     memory.set_xlabel("peak memory [GiB]")
-    figure.suptitle(textwrap.fill(title, 90), fontsize=10)
+    lines = math.ceil(len(title) / 90)
+    figure.suptitle(textwrap.fill(title, math.ceil(len(title) / lines) + 8), fontsize=10)  # of much the same length
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
 
