@@ -2,8 +2,10 @@
 
 import dataclasses
 import json
+import logging
 import math
 import os
+import re
 import shutil
 import signal
 import threading
@@ -20,6 +22,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from tests.support import change, rows, write_corpus
+from toolkit import cli
 from toolkit.config import TrainConfig
 from toolkit.data.loader import open_data, training_loader
 from toolkit.data.prepare import prepare
@@ -1116,6 +1119,23 @@ def test_a_spike_is_only_logged_by_default(tiny: TrainConfig, capfd: pytest.Capt
     trainer = run_with(SpikesOnce, config)
     assert capfd.readouterr().err.count("is a spike") == 1
     assert trainer.position == 72 * 8
+
+
+def test_a_command_and_a_run_in_one_process_print_each_message_once_and_in_their_own_way(
+    tiny: TrainConfig, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    toolkit = logging.getLogger("toolkit")
+    monkeypatch.setattr(toolkit, "handlers", [])  # as in a new process
+    for number in (1, 2):
+        with pytest.raises(SystemExit):
+            cli.main(["audit", "no-such-run"])
+        toolkit.info("a message of the command")
+        run_with(GPT2, change(tiny, run={"dir": f"{tiny.run.dir}-{number}"}))
+        toolkit.info("a message of the run")
+        lines = [line for line in capfd.readouterr().err.splitlines() if "a message of" in line]
+        assert lines[0] == "a message of the command"
+        assert re.fullmatch(r"\d\d:\d\d:\d\d a message of the run", lines[1])
+        assert len(lines) == 2
 
 
 def test_seeds_of_neighbouring_steps_differ_in_about_half_of_their_bits() -> None:

@@ -6,7 +6,6 @@ and a verb needs only the packages that it uses.
 
 import codecs
 import json as json_format
-import logging
 import runpy
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -19,6 +18,7 @@ from tyro.conf import Positional
 from toolkit.config import TrainConfig, load_recipe
 from toolkit.errors import UserError, one_line_errors
 from toolkit.recipe import parse, share_cores
+from toolkit.training.progress import configure_logging
 
 if TYPE_CHECKING:
     from toolkit.data.tokenizer import Tokenizer
@@ -459,7 +459,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = list(sys.argv[1:] if arguments is None else arguments)
     with one_line_errors(always=True):
         _refuse_empty(given)
-        _log_to_stderr()
+        configure_logging(with_time=False)
         share_cores()
         if given[:1] == ["tokenizer"]:
             tyro.extras.subcommand_cli_from_dict(
@@ -489,14 +489,6 @@ def _refuse_empty(arguments: Sequence[str]) -> None:
             raise UserError(
                 f"an argument {which} is empty; name a path (is a variable of the shell not set?), or . for this folder"
             )
-
-
-def _log_to_stderr() -> None:
-    root = logging.getLogger("toolkit")
-    if not root.handlers:
-        root.addHandler(logging.StreamHandler())
-        root.propagate = False
-    root.setLevel(logging.INFO)
 
 
 def _print_lines(lines: Iterable[str]) -> None:

@@ -61,14 +61,18 @@ def duration(seconds: float) -> str:
     return f"{whole} s"
 
 
-def configure_logging(*, is_main: bool) -> None:
-    """Sends the toolkit's messages to stderr, above a progress bar if there is one; other processes keep silent."""
+def configure_logging(*, is_main: bool = True, with_time: bool = True) -> None:
+    """Sends the toolkit's messages to stderr, above a progress bar if there is one; other processes keep silent.
+
+    Called again it changes how: a command and a run in one process never print a message twice.
+    """
     root = logging.getLogger("toolkit")
-    if not any(isinstance(handler, _AboveProgress) for handler in root.handlers):
+    handler = next((handler for handler in root.handlers if isinstance(handler, _AboveProgress)), None)
+    if handler is None:
         handler = _AboveProgress()
-        handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", datefmt="%H:%M:%S"))
         root.addHandler(handler)
         root.propagate = False
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s" if with_time else None, datefmt="%H:%M:%S"))
     root.setLevel(logging.INFO if is_main else logging.ERROR)
 
 
