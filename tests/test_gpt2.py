@@ -268,6 +268,8 @@ def test_compiled_whole_model_has_the_plain_loss_and_gradients(
     assert worst_difference(compiled, plain) < 1e-6
     assert not compiled["wte.weight"][257:].any()
     assert list(canonical_tensors(model)) == list(canonical_shapes(config))  # no _orig_mod in the names
+    with torch.no_grad():  # a program of its own, with another softmax
+        assert model(ids(), some_targets()).item() == pytest.approx(plain_loss, rel=1e-6)
 
 
 def test_gradients_are_the_plain_ones_under_ddp_with_no_sync(tmp_path: Path) -> None:

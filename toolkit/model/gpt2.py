@@ -221,13 +221,14 @@ class GPT2(nn.Module):
             )
         x = embedded + self.wpe.weight[start:end]  # (B, T, C)
         x = F.dropout(x, self.config.dropout, self.training)
+        recompute = _saves_memory(x)
         for layer, block in enumerate(self.h):
             if self.activation_checkpointing == "block" and torch.is_grad_enabled():
                 # The generator's state is kept only where the recomputation draws the same dropout masks from it.
                 keep_state = self.training and self.config.dropout > 0
                 x = checkpoint(block, x, use_reentrant=False, preserve_rng_state=keep_state)
             else:
-                x = block(x, cache, recompute=layer % 2 == 0 and _saves_memory(x))
+                x = block(x, cache, recompute=recompute and layer % 2 == 0)
         if cache is not None:
             cache.length = end
         hidden: Tensor = self.ln_f(x)

@@ -198,8 +198,8 @@ def _softmax_(logits: Tensor, targets: Tensor, vocab_size: int, *, with_gradient
     """
     if not torch.compiler.is_compiling():
         return _softmax_in_tiles_(logits, targets, vocab_size, with_gradient=with_gradient)
-    if logits.device.type == "cpu":
-        of_op: Tensor = _softmax_op_(logits, targets, vocab_size, with_gradient)
+    if logits.device.type == "cpu":  # of a pass without gradients: with them, `_loss_op` computes all of it
+        of_op: Tensor = _softmax_op_(logits, targets, vocab_size)
         return of_op
     logits[:, vocab_size:] = -torch.inf
     columns = targets.masked_fill(targets == IGNORED_TARGET, 0)[:, None]  # (n, 1)
@@ -255,17 +255,17 @@ def _with_one_exponential(logits: Tensor, columns: Tensor) -> tuple[Tensor, Tens
 
 
 @torch.library.custom_op("toolkit::softmax_", mutates_args=("logits",))
-def _softmax_op_(logits: Tensor, targets: Tensor, vocab_size: int, with_gradient: bool) -> Tensor:
-    """`_softmax_in_tiles_` as one operation of a compiled program on a CPU.
+def _softmax_op_(logits: Tensor, targets: Tensor, vocab_size: int) -> Tensor:
+    """`_softmax_in_tiles_`, without gradient, as one operation of a compiled program on a CPU.
 
     Why: torch's own kernels for rows of a softmax take half the time of those that torch.compile generates there
     (1,024 positions of GPT-2's vocabulary on 2 cores: bf16 46 of 99 ms, fp32 36 of 112 ms; torch 2.13).
     """
-    return _softmax_in_tiles_(logits, targets, vocab_size, with_gradient=with_gradient)
+    return _softmax_in_tiles_(logits, targets, vocab_size, with_gradient=False)
 
 
 @_softmax_op_.register_fake
-def _(logits: Tensor, targets: Tensor, vocab_size: int, with_gradient: bool) -> Tensor:
+def _(logits: Tensor, targets: Tensor, vocab_size: int) -> Tensor:
     """The losses' shape, for those who trace without computing."""
     return logits.new_empty(targets.shape, dtype=torch.float32)
 
